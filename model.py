@@ -1,0 +1,485 @@
+"""A decoder-only transformer in plain PyTorch that reads and writes Hugging Face model folders.
+
+One block serves four families, which differ by switches: llama (arXiv 2407.21783; SmolLM2 is one), mistral (2310.06825),
+qwen2 (2412.15115; DeepSeek-R1-Distill-Qwen is one) and qwen3 (2505.09388). Modules carry the names their weights have
+in the files, so loading is a copy by name.
+
+What is particular here is `past`. Attention is the one place where tokens see each other, so it is the one place that
+has to know how they are laid out: `model(tokens, past=f)` calls f(layer, q, k, v) in every layer in place of plain
+causal attention. Scoring uses it to run a prompt once and let every response of a group read its keys and values
+(`encode_prompt`, `score_responses`, below); the sampler uses it to keep a cache.
+
+Letters: N rows, T positions, D width, H query heads, K key/value heads, d head size, V vocabulary; for a group
+G responses, P prompt length, T response length.
+"""
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+import shutil
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+
+class InputError(Exception):
+    """Something the user gave us cannot be used. The message is one line that says what, where and what to do."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# config.json
+
+@dataclass(frozen=True)
+class ModelConfig:
+    model_type: str
+    vocab_size: int
+    hidden_size: int             # D
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int     # H
+    num_key_value_heads: int     # K
+    head_dim: int                # d; need not be D / H
+    max_position_embeddings: int
+    rms_norm_eps: float
+    tie_word_embeddings: bool    # one matrix for the embedding and the output
+    qkv_bias: bool
+    out_bias: bool
+    mlp_bias: bool
+    qk_norm: bool                # qwen3: RMSNorm on each head's query and key
+    rope_theta: float
+    rope_scaling: tuple | None   # ("linear", factor) or ("llama3", factor, low_freq, high_freq, original positions)
+    raw: dict = field(default=None, repr=False, compare=False)  # the file as it was read, to be written back
+
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+SIZE_LIMITS = {"vocab_size": 2**22, "hidden_size": 2**17, "intermediate_size": 2**20, "num_hidden_layers": 1024,
+               "num_attention_heads": 2**12, "num_key_value_heads": 2**12, "head_dim": 2**12, "max_position_embeddings": 2**27}
+
+
+def read_json(path: str):
+    """The parsed file, or InputError with file and line."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            return json.load(f)
+    except json.JSONDecodeError as e:
+        raise InputError(f"{path}, line {e.lineno}: not valid JSON ({e.msg})") from None
+    except (OSError, UnicodeDecodeError, RecursionError) as e:
+        raise InputError(f"{path}: cannot be read ({getattr(e, 'strerror', None) or e})") from None
+
+
+def read_config(folder: str) -> ModelConfig:
+    """config.json in either dialect (`rope_theta` + `rope_scaling`, or `rope_parameters`).
+
+    Raises InputError for everything this file would compute wrongly, by name, before any weight is read.
+    """
+    path = os.path.join(folder, "config.json")
+    if not os.path.isfile(path):
+        raise InputError(f"{folder}: no config.json there; --model wants a Hugging Face model folder")
+    raw = read_json(path)
+    if not isinstance(raw, dict):
+        raise InputError(f"{path}: not a JSON object")
+
+    def refuse(what):
+        raise InputError(f"{path}: {what}")
+
+    family = raw.get("model_type")
+    if family not in FAMILIES:
+        refuse(f"model_type {family!r} is not supported (supported: {', '.join(FAMILIES)})")
+    if raw.get("quantization_config"):
+        refuse("quantized weights are not supported; use the unquantized model")
+    if raw.get("hidden_act", "silu") != "silu":
+        refuse(f"hidden_act {raw['hidden_act']!r} is not supported (supported: silu)")
+
+    def size(name, default=None):
+        value = raw.get(name, default)
+        value = default if value is None else value
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= SIZE_LIMITS[name]:
+            refuse(f"{name} is {value!r}; expected a whole number from 1 to {SIZE_LIMITS[name]}")
+        return value
+
+    def number(where, name, default=None):
+        value = where.get(name, default)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+            refuse(f"{name} is {value!r}; expected a positive number")
+        return float(value)
+
+    heads, width, positions = size("num_attention_heads"), size("hidden_size"), size("max_position_embeddings", 2048)
+    window = raw.get("sliding_window")
+    active = raw.get("use_sliding_window", False) if family.startswith("qwen") else window is not None
+    layer_types = raw.get("layer_types") or []
+    if (active and window is not None and window < positions) or any(kind != "full_attention" for kind in layer_types):
+        refuse(f"an active sliding window ({window}) is not supported; set sliding_window to null if you mean full attention")
+
+    rope = raw.get("rope_parameters") or {**(raw.get("rope_scaling") or {}), "rope_theta": raw.get("rope_theta", 10000.0)}
+    if not isinstance(rope, dict):
+        refuse("rope_parameters is not an object")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        scaling = None
+    elif kind == "linear":
+        scaling = ("linear", number(rope, "factor"))
+    elif kind == "llama3":
+        scaling = ("llama3", *(number(rope, n) for n in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")))
+        if scaling[2] >= scaling[3]:
+            refuse("low_freq_factor must be below high_freq_factor")
+    else:
+        refuse(f"rope type {kind!r} is not supported (supported: default, linear, llama3)")
+    if raw.get("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0)) != 1.0:
+        refuse("partial_rotary_factor is not supported")
+
+    bias = bool(raw.get("attention_bias", False)) and family in ("llama", "qwen3")
+    config = ModelConfig(
+        model_type=family, vocab_size=size("vocab_size"), hidden_size=width, intermediate_size=size("intermediate_size"),
+        num_hidden_layers=size("num_hidden_layers"), num_attention_heads=heads,
+        num_key_value_heads=size("num_key_value_heads", 8 if family == "mistral" else 32 if family.startswith("qwen") else heads),
+        head_dim=size("head_dim", 128 if family == "qwen3" else max(width // heads, 1)), max_position_embeddings=positions,
+        rms_norm_eps=number(raw, "rms_norm_eps", 1e-6), tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+        qkv_bias=bias or family == "qwen2", out_bias=bias, mlp_bias=family == "llama" and bool(raw.get("mlp_bias", False)),
+        qk_norm=family == "qwen3", rope_theta=number(rope, "rope_theta", 10000.0), rope_scaling=scaling, raw=raw)
+    if config.num_attention_heads % config.num_key_value_heads:
+        refuse(f"{heads} query heads cannot share {config.num_key_value_heads} key/value heads")
+    if config.head_dim % 2:
+        refuse(f"head_dim {config.head_dim} is odd; rotary position embedding turns pairs")
+    return config
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The transformer
+
+@functools.lru_cache(maxsize=8)
+def rope_frequencies(config: ModelConfig, device: torch.device) -> Tensor:
+    """Angles per position, (d/2,) fp32 (RoFormer, arXiv 2104.09864), slowed down as `rope_scaling` says."""
+    d = config.head_dim
+    freq = 1.0 / config.rope_theta ** (torch.arange(0, d, 2, dtype=torch.int64).float() / d)
+    if config.rope_scaling and config.rope_scaling[0] == "linear":
+        freq = freq / config.rope_scaling[1]
+    elif config.rope_scaling:
+        # Llama 3.1 reads a longer text by slowing only the waves that never closed a turn in the text it was trained on.
+        _, factor, low, high, original = config.rope_scaling
+        turns = original * freq / (2 * math.pi)
+        keep = ((turns - low) / (high - low)).clamp(0, 1)   # 0: slow wave, divided by factor; 1: fast wave, kept
+        freq = keep * freq + (1 - keep) * freq / factor
+    return freq.to(device)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x (N, heads, T, d) turned by its position; cos and sin (N, 1, T, d). The halves are the two coordinates."""
+    a, b = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-b, a], dim=-1) * sin
+
+
+def causal_attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """q (N, H, T, d), k and v (N, K, T, d) -> (N, H, T, d). What `past=None` means."""
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=k.shape[1] != q.shape[1])
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
+
+    def forward(self, x):
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    def __init__(self, c: ModelConfig, layer: int):
+        super().__init__()
+        self.layer, self.head_dim = layer, c.head_dim
+        self.q_proj = nn.Linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias=c.qkv_bias)
+        self.k_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=c.qkv_bias)
+        self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=c.qkv_bias)
+        self.o_proj = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=c.out_bias)
+        self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
+
+    def forward(self, x, cos, sin, past):
+        N, T, _ = x.shape
+        q = self.q_norm(self.q_proj(x).view(N, T, -1, self.head_dim)).transpose(1, 2)   # (N, H, T, d)
+        k = self.k_norm(self.k_proj(x).view(N, T, -1, self.head_dim)).transpose(1, 2)   # (N, K, T, d)
+        v = self.v_proj(x).view(N, T, -1, self.head_dim).transpose(1, 2)                # (N, K, T, d)
+        out = past(self.layer, rotate(q, cos, sin), rotate(k, cos, sin), v)             # (N, H, T, d)
+        return self.o_proj(out.transpose(1, 2).reshape(N, T, -1))
+
+
+class MLP(nn.Module):
+    def __init__(self, c: ModelConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
+        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
+        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, c: ModelConfig, layer: int):
+        super().__init__()
+        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.self_attn = Attention(c, layer)
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.mlp = MLP(c)
+
+    def forward(self, x, cos, sin, past):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, past)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Transformer(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    @property
+    def output_weight(self) -> Tensor:
+        """(V, D)"""
+        return self.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+
+    def forward(self, tokens: Tensor, past=None, positions: Tensor | None = None) -> Tensor:
+        """tokens (N, T) -> hidden (N, T, D), after the last norm.
+
+        past: None for causal attention within each row, or f(layer, q, k, v) -> (N, H, T, d) that does the attention.
+        positions (N, T), or None for 0, 1, 2, …
+        """
+        if positions is None:
+            positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
+        x = self.embed_tokens(tokens)                                                         # (N, T, D)
+        angles = positions[:, None, :, None] * rope_frequencies(self.config, tokens.device)   # (N, 1, T, d/2) fp32
+        angles = torch.cat([angles, angles], dim=-1)
+        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+        for block in self.layers:
+            x = block(x, cos, sin, past or causal_attention)
+        return self.norm(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden (..., D) -> logits (..., V)."""
+        return F.linear(hidden, self.output_weight)
+
+    def init_weights(self, generator: torch.Generator, std: float = 0.02) -> "Transformer":
+        """Random weights: normal matrices, zero biases, norms of one."""
+        for name, p in self.named_parameters():
+            if p.dim() == 2:
+                nn.init.normal_(p, std=std, generator=generator)
+            else:
+                nn.init.zeros_(p) if name.endswith("bias") else nn.init.ones_(p)
+        return self
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Log-probabilities of a group: the prompt runs once, the padding never, and logits never stand whole in memory
+
+def encode_prompt(model: Transformer, prompt: Tensor) -> list[Tensor]:
+    """Run prompt (P,) once. Returns [k_0, v_0, k_1, v_1, …, h]: every layer's keys and values (1, K, P, d), and the
+    hidden state of the last position (1, D), which predicts the first token of every response."""
+    kept = []
+
+    def keep(layer, q, k, v):
+        kept.extend((k, v))
+        return causal_attention(layer, q, k, v)
+    hidden = model(prompt[None], past=keep)              # (1, P, D)
+    return [*kept, hidden[:, -1]]
+
+
+def score_responses(model: Transformer, prefix: list[Tensor], responses: Tensor, lengths: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Log-probability and entropy of every response token after a prompt that `encode_prompt` has run.
+
+    responses (G, T) right-padded, lengths (G,) at least 1. Returns logprobs (G, T) fp32, with gradient to the weights
+    and to `prefix`, and entropy (G, T) fp32 in nats, without; both 0 in the padding. The n real tokens go through the
+    network as one row; only inside attention do they stand in their (G, T) places.
+    """
+    *kv, last = prefix
+    (G, T), P = responses.shape, kv[0].shape[2]
+    device = last.device
+    steps = torch.arange(T, device=device)
+    # The token at (g, t) is predicted from the state at (g, t − 1), the first one from the prompt's last state.
+    rows, cols = (steps[:-1] < lengths[:, None] - 1).nonzero(as_tuple=True)         # (n,) each: tokens with a successor
+    hidden = last.expand(G, -1)
+    if len(rows):
+        place = rows * (T - 1) + cols                                               # (n,) in the flat (G, T − 1) grid
+        seen = torch.ones(T - 1, P + T - 1, dtype=torch.bool, device=device).tril(P)
+        bias = torch.zeros(seen.shape, dtype=last.dtype, device=device).masked_fill(~seen, float("-inf"))
+
+        def spread(x):                                                              # (1, heads, n, d) -> (G, heads, T − 1, d)
+            grid = x.new_zeros(G * (T - 1), x.shape[1], x.shape[3]).index_copy(0, place, x[0].transpose(0, 1))
+            return grid.view(G, T - 1, *grid.shape[1:]).transpose(1, 2)
+
+        def respond(layer, q, k, v):
+            q, k, v = spread(q), spread(k), spread(v)
+            k = torch.cat([kv[2 * layer].expand(G, -1, -1, -1), k], dim=2)          # (G, K, P + T − 1, d)
+            v = torch.cat([kv[2 * layer + 1].expand(G, -1, -1, -1), v], dim=2)
+            # The H / K query heads that share a key head stand below each other, so keys are not copied for them.
+            shared = q.shape[1] // k.shape[1]
+            folded = q.reshape(G, k.shape[1], shared * (T - 1), -1)
+            out = F.scaled_dot_product_attention(folded, k, v, attn_mask=bias.repeat(shared, 1)).view_as(q)
+            return out.transpose(1, 2).flatten(0, 1).index_select(0, place).transpose(0, 1)[None]   # (1, H, n, d)
+        hidden = torch.cat([hidden, model(responses[rows, cols][None], past=respond, positions=P + cols[None])[0]])
+
+    rows, cols = torch.cat([torch.arange(G, device=device), rows]), torch.cat([steps.new_zeros(G), cols + 1])
+    flat, flat_entropy = linear_logprobs(hidden, model.output_weight, responses[rows, cols], temperature)
+    grid = flat.new_zeros(G, T)
+    return grid.index_put((rows, cols), flat), grid.index_put((rows, cols), flat_entropy)
+
+
+def token_logprobs(model: Transformer, prompt: Tensor, responses: Tensor, temperature: float = 1.0, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """log π(token | what stands before it) for G responses to one prompt, the logits divided by `temperature`.
+
+    prompt (P,), responses (G, T), lengths (G,) or None for T each. Returns logprobs (G, T) fp32 and entropy (G, T)."""
+    if lengths is None:
+        lengths = torch.full((len(responses),), responses.shape[1], device=responses.device)
+    return score_responses(model, encode_prompt(model, prompt), responses, lengths, temperature)
+
+
+LOGITS_AT_ONCE = 2**24  # 64 MiB in fp32: enough for efficient products, little enough not to be noticed
+
+
+class LinearLogprobs(torch.autograd.Function):
+    """log softmax(hidden Wᵀ / temperature) at the targets, chunk by chunk; backward computes the logits again.
+
+    With g = dL/dlogprob of one token and p its softmax, dL/dlogits = g (onehot(target) − p) / temperature.
+    """
+    @staticmethod
+    def chunks(hidden, weight):
+        size = max(1, LOGITS_AT_ONCE // len(weight))
+        return [slice(i, i + size) for i in range(0, len(hidden), size)]
+
+    @staticmethod
+    def log_softmax(hidden, weight, temperature):
+        logits = F.linear(hidden, weight)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32)).div_(temperature).log_softmax(-1)  # never in bf16
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, temperature):
+        ctx.save_for_backward(hidden, weight, targets)
+        ctx.temperature = temperature
+        logprobs, entropy = [], []
+        for part in LinearLogprobs.chunks(hidden, weight):
+            logp = LinearLogprobs.log_softmax(hidden[part], weight, temperature)        # (chunk, V)
+            logprobs.append(logp.gather(1, targets[part, None])[:, 0])
+            entropy.append(-(logp.exp() * logp).sum(-1))
+        logprobs, entropy = torch.cat(logprobs), torch.cat(entropy)
+        ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        hidden, weight, targets = ctx.saved_tensors
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros(weight.shape, dtype=grad.dtype, device=weight.device) if ctx.needs_input_grad[1] else None
+        for part in LinearLogprobs.chunks(hidden, weight):
+            g = grad[part, None] / ctx.temperature                                      # (chunk, 1)
+            grad_logits = LinearLogprobs.log_softmax(hidden[part], weight, ctx.temperature).exp_().mul_(-g)
+            grad_logits.scatter_add_(1, targets[part, None], g)
+            grad_logits = grad_logits.to(weight.dtype)                                  # (chunk, V)
+            grad_hidden[part] = grad_logits @ weight
+            if grad_weight is not None:
+                grad_weight += grad_logits.T @ hidden[part]
+        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None
+
+
+def linear_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """hidden (n, D), weight (V, D), targets (n,) -> logprobs (n,) and entropy (n,), at least fp32; entropy has no gradient."""
+    return LinearLogprobs.apply(hidden, weight, targets, temperature)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Model folders
+
+def weight_files(folder: str) -> list[str]:
+    """Paths of the safetensors files: model.safetensors, or the shards its index names."""
+    single, index = os.path.join(folder, "model.safetensors"), os.path.join(folder, "model.safetensors.index.json")
+    if os.path.isfile(single):
+        return [single]
+    if not os.path.isfile(index):
+        raise InputError(f"{folder}: neither model.safetensors nor model.safetensors.index.json there (only safetensors weights are read)")
+    table = read_json(index)
+    names = table.get("weight_map") if isinstance(table, dict) else None
+    if not isinstance(names, dict) or not names or not all(isinstance(n, str) for n in names.values()):
+        raise InputError(f"{index}: no weight_map of tensor names to files")
+    for name in set(names.values()):
+        if name != os.path.basename(name):
+            raise InputError(f"{index}: shard {name!r} points outside the model folder")
+        if not os.path.isfile(os.path.join(folder, name)):
+            raise InputError(f"{index}: shard {name} is missing")
+    return [os.path.join(folder, name) for name in sorted(set(names.values()))]
+
+
+def load_model(folder: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Transformer:
+    """Read a Hugging Face folder. Every parameter is filled and every tensor used, or InputError says which is not."""
+    config = read_config(folder)
+    with torch.device("meta"):
+        model = Transformer(config)
+    wanted = {("" if name.startswith("lm_head") else "model.") + name: p for name, p in model.named_parameters()}
+    ignored = {"lm_head.weight"} if config.tie_word_embeddings else set()  # a tied copy of the embedding
+    where = {}
+    for path in weight_files(folder):
+        try:
+            with safe_open(path, framework="pt") as f:
+                for name in f.keys():
+                    shape = f.get_slice(name).get_shape()
+                    if name in where:
+                        raise InputError(f"{path}: tensor {name} stands in {os.path.basename(where[name])} as well")
+                    if name not in wanted and name not in ignored and not name.endswith("rotary_emb.inv_freq"):
+                        raise InputError(f"{path}: unexpected tensor {name}; config.json describes another model")
+                    if name in wanted and list(wanted[name].shape) != list(shape):
+                        raise InputError(f"{path}: {name} is {tuple(shape)}; config.json says {tuple(wanted[name].shape)}")
+                    where[name] = path
+        except (SafetensorError, OSError) as e:
+            raise InputError(f"{path}: not a readable safetensors file, perhaps cut short ({e})") from None
+    missing = sorted(set(wanted) - set(where))
+    if missing:
+        raise InputError(f"{folder}: {len(missing)} weights are in no file, first {missing[0]}")
+
+    model.to_empty(device=device).to(dtype)  # shapes agree, so the sizes are those of files that exist
+    wanted = {("" if name.startswith("lm_head") else "model.") + name: p for name, p in model.named_parameters()}
+    for path in sorted(set(where.values())):
+        with safe_open(path, framework="pt") as f, torch.no_grad():
+            for name in f.keys():
+                if name in wanted:
+                    tensor = f.get_tensor(name)
+                    if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+                        raise InputError(f"{path}: {name} is {tensor.dtype}; quantized weights are not supported")
+                    if not tensor.isfinite().all():
+                        raise InputError(f"{path}: {name} holds NaN or infinite values")
+                    wanted[name].copy_(tensor)
+    return model
+
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json", "added_tokens.json",
+                   "vocab.json", "merges.txt", "tokenizer.model", "generation_config.json")
+
+
+def save_model(model: Transformer, folder: str, tokenizer_from: str | None = None) -> None:
+    """Write a folder that transformers, vLLM and load_model read: config, weights in the model's own dtype, and
+    tokenizer files copied from `tokenizer_from`. Written beside and renamed, so `folder` is never half a model."""
+    beside = f"{folder.rstrip('/')}.writing"
+    shutil.rmtree(beside, ignore_errors=True)
+    os.makedirs(beside)
+    raw = {k: v for k, v in model.config.raw.items() if k not in ("torch_dtype", "dtype")}
+    raw["torch_dtype"] = str(model.norm.weight.dtype).removeprefix("torch.")
+    with open(os.path.join(beside, "config.json"), "w", encoding="utf-8") as f:
+        json.dump(raw, f, indent=2)
+    save_file({("" if name.startswith("lm_head") else "model.") + name: p.detach().cpu().contiguous() for name, p in model.named_parameters()},
+              os.path.join(beside, "model.safetensors"), metadata={"format": "pt"})
+    for name in TOKENIZER_FILES if tokenizer_from else ():
+        if os.path.isfile(os.path.join(tokenizer_from, name)):
+            shutil.copyfile(os.path.join(tokenizer_from, name), os.path.join(beside, name))
+    if os.path.isdir(folder):
+        old = f"{folder.rstrip('/')}.old"
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(folder, old)
+        os.rename(beside, folder)
+        shutil.rmtree(old)
+    else:
+        os.rename(beside, folder)
