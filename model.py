@@ -19,6 +19,7 @@ import json
 import math
 import os
 import shutil
+import sys
 from dataclasses import dataclass, field
 
 import torch
@@ -30,6 +31,42 @@ from torch import Tensor, nn
 
 class InputError(Exception):
     """Something the user gave us cannot be used. The message is one line that says what, where and what to do."""
+
+
+def exit_on_input_error(main) -> None:
+    """Run a program; an InputError becomes one line on stderr and exit status 2."""
+    try:
+        main()
+    except InputError as e:
+        print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
+        sys.exit(2)
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is the first GPU if there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+        return device
+    except (RuntimeError, AssertionError, NotImplementedError) as e:
+        raise InputError(f"--device {name}: cannot be used ({str(e).splitlines()[0]})") from None
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 where matrix products in it are faster: GPUs, and CPUs with bf16 instructions of their own."""
+    if name == "auto":
+        if device.type == "cpu":
+            try:
+                with open("/proc/cpuinfo") as f:
+                    fast = bool({"amx_bf16", "avx512_bf16"} & set(f.read().split()))
+            except OSError:
+                fast = False
+        else:
+            fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        name = "bfloat16" if fast else "float32"
+    return getattr(torch, name)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

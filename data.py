@@ -1,0 +1,434 @@
+"""Problems, prompts, answers: everything between a file of questions and a group of token ids.
+
+    read_problems     a file in any of the usual formats              -> Problem(question, answer, gold)
+    load_tokenizer    a model folder                                  -> Tokenizer: encode_prompts, encode_response, decode
+    prepare           fills in each problem's prompt and gold as token ids, and checks every gold by grading it
+    grade             a response's text and the answer                -> 1.0 or 0.0
+
+The grader is deliberately strict: it reads what follows a marker (`####`, else `\\boxed{}`, else "answer is"), the last
+one if there are several, and compares numbers exactly. Whatever it accepts, training will find.
+"""
+from __future__ import annotations
+
+import gzip
+import importlib.util
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from fractions import Fraction
+
+import tokenizers
+import torch
+from torch import Tensor
+
+from gcpo import Group
+from model import InputError, read_json
+
+
+@dataclass
+class Problem:
+    question: str | list            # text, or chat messages
+    answer: str                     # what is right, without the way to it
+    gold: str | None = None         # a whole reference response that ends with the answer
+    source: str = ""                # file and line, for messages
+    prompt: Tensor | None = None    # (P,) int64, filled in by `prepare`
+    gold_ids: Tensor | None = None  # (T*,) int64, ends with the end token; None where there is no usable gold
+    gold_reward: float = 1.0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Answers
+
+NUMBER = r"-?(?:\d[\d,]*(?:\.\d+)?|\.\d+)"
+FRACTION = rf"{NUMBER}\s*/\s*{NUMBER}"
+LATEX_FRACTION = r"-?\\frac\{-?\d+\}\{-?\d+\}"
+LEADING_NUMBER = re.compile(rf"({LATEX_FRACTION}|{FRACTION}|{NUMBER})(?=$|[.,;:]?\s+[^\W\d_]|[.,;:]?\s*\(|\s*[.,;:!]$)")
+LONGEST_ANSWER = 300  # characters; an answer followed by talk is cut here
+
+
+def normalise(text: str) -> str:
+    """An answer without its dress: LaTeX spacing and wrappers, $, %, markdown stars, a final period."""
+    text = text.replace("−", "-").replace("{,}", ",").replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac")
+    text = re.sub(r"\\(?:text|mathrm|textbf|mathbf)\s*\{([^{}]*)\}", r" \1", text)
+    text = re.sub(r"\\left|\\right|\\[!,;: ]|\\?\$|\\?%|\*\*|[`~]", " ", text)
+    text = " ".join(text.split()).strip("* ").rstrip(".:;, ")
+    return re.sub(r"^-\s+(?=[\d.\\])", "-", text)
+
+
+def parse_number(text: str) -> Fraction | None:
+    """The exact value of a number, a/b or \\frac{a}{b}; None for anything else."""
+    if re.fullmatch(NUMBER, text):
+        parts = [text, "1"]
+    elif re.fullmatch(FRACTION, text):
+        parts = text.split("/")
+    elif re.fullmatch(LATEX_FRACTION, text):
+        parts = re.findall(r"-?\d+", text.replace("-\\frac{", "\\frac{-", 1).replace("--", ""))
+    else:
+        return None
+    over, under = (Fraction(p.strip().replace(",", "")) for p in parts)
+    return over / under if under else None
+
+
+def canonical(answer: str) -> str:
+    """Two answers are equal if and only if their canonical texts are: '18' for '$18.00', '3/4' for '0.75'."""
+    text = normalise(answer[:LONGEST_ANSWER])
+    value = parse_number(text)
+    if value is None and "=" in text:
+        return canonical(text.rpartition("=")[2])      # x = 18, or 12 + 6 = 18
+    if value is None and (leading := LEADING_NUMBER.match(text)):
+        value = parse_number(leading[1])               # 18 apples, or 18, which is correct
+    return str(value) if value is not None else text.replace(" ", "").casefold()
+
+
+def last_boxed(text: str) -> str | None:
+    """What stands in the last \\boxed{…} whose braces close."""
+    for start in reversed([m.end() for m in re.finditer(r"\\boxed\s*\{", text)]):
+        depth = 1
+        for i in range(start, len(text)):
+            depth += {"{": 1, "}": -1}.get(text[i], 0)
+            if depth == 0:
+                return text[start:i]
+    return None
+
+
+def extract_answer(text: str) -> str | None:
+    """The response's answer in canonical form, or None if it names none.
+
+    A marker decides, the last of its kind, and nothing else: a number somewhere in the text is no answer."""
+    hashes = [line for line in re.findall(r"####[ \t]*([^\n]*)", text) if normalise(line)]
+    boxed = None if hashes else last_boxed(text)
+    phrases = re.findall(r"answer(?: is|:)[ \t:]*([^\n]*)", text, re.IGNORECASE)
+    found = hashes[-1] if hashes else boxed if boxed is not None else phrases[-1] if phrases else ""
+    return canonical(found) or None
+
+
+def last_number(text: str) -> str | None:
+    """The last number anywhere, canonical: for evaluation only, as training would learn to scatter numbers."""
+    numbers = re.findall(rf"(?<![\d.]){NUMBER}", text)
+    return canonical(numbers[-1]) if numbers else None
+
+
+def grade(response: str, answer: str) -> float:
+    """1.0 if the response's answer is the right one, else 0.0."""
+    return float(extract_answer(response) == canonical(answer))
+
+
+def load_reward(spec: str | None) -> Callable[[str, str], float]:
+    """The grader: `grade`, or the user's own function (response, answer) -> float from FILE.py:function."""
+    if spec is None:
+        return grade
+    path, _, name = spec.rpartition(":")
+    if not path or not os.path.isfile(path):
+        raise InputError(f"--reward {spec}: expected FILE.py:function, and the file must exist")
+    try:
+        module_spec = importlib.util.spec_from_file_location("user_reward", path)
+        module = importlib.util.module_from_spec(module_spec)
+        module_spec.loader.exec_module(module)
+    except Exception as e:
+        raise InputError(f"--reward {path}: cannot be imported ({type(e).__name__}: {e})") from None
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise InputError(f"--reward {spec}: {path} has no function {name}")
+
+    def reward(response, answer):
+        try:
+            value = float(function(response, answer))
+        except Exception as e:
+            raise InputError(f"--reward {spec}: failed on response {response[:60]!r} ({type(e).__name__}: {e})") from None
+        if not math.isfinite(value):
+            raise InputError(f"--reward {spec}: returned {value} for response {response[:60]!r}; a reward must be finite")
+        return value
+    return reward
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files of problems
+
+INSTRUCTIONS = {"hash": "Reason step by step, and write the final answer on a last line of its own, after ####.",
+                "boxed": "Reason step by step, and write the final answer on a last line of its own, inside \\boxed{}."}
+FINAL_LINES = {"hash": "#### {}", "boxed": "\\boxed{{{}}}"}
+LONGEST_LINE = 16 * 2**20  # bytes
+
+
+def as_text(value) -> str | None:
+    """A field's text: 43.0 is written 43."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)) or value != value:
+        return None
+    return str(value).strip() or None
+
+
+def parse_record(record: dict, answer_format: str, answer_only_gold: bool) -> Problem | str:
+    """A Problem from one record, recognised by its fields, or what is wrong with it."""
+    has = lambda *names: all(record.get(n) is not None for n in names)
+    solution, gold = None, record.get("gold")
+    if has("prompt"):                                               # verl, DAPO
+        question, answer = record["prompt"], (record.get("reward_model") or {}).get("ground_truth", record.get("answer"))
+    elif has("Body", "Question", "Answer"):                         # SVAMP
+        question, answer = f"{record['Body']} {record['Question']}", record["Answer"]
+    elif has("body", "question", "answer"):                         # ASDiv: "9 (apples)"
+        question, answer = f"{record['body']} {record['question']}", re.sub(r"\s*\([^()]*\)$", "", str(record["answer"]))
+    elif has("input", "target"):                                    # MAWPS
+        question, answer = record["input"], record["target"]
+    elif has("question", "answer") and "####" in str(record["answer"]):    # GSM8K
+        question, (solution, _, answer) = record["question"], str(record["answer"]).rpartition("####")
+    elif has("problem") and has("answer") or has("problem", "solution"):   # MATH, AIME, AMC, Minerva
+        question, solution = record["problem"], record.get("solution")
+        answer = record["answer"] if has("answer") else last_boxed(str(solution))
+    elif has("question", "answer"):                                 # plain
+        question, answer = record["question"], record["answer"]
+    else:
+        return f"fields {', '.join(map(str, record)) or 'none'} are of no known format; the simplest is \"question\" and \"answer\""
+    if isinstance(question, list):
+        well_formed = question and all(isinstance(m, dict) and isinstance(m.get("content"), str) and isinstance(m.get("role"), str) for m in question)
+        question = question if well_formed else None
+    else:
+        question = as_text(question)
+    answer = as_text(answer)
+    if question is None or answer is None or not canonical(answer):
+        return f"the {'question' if question is None else 'answer'} is empty or not text"
+
+    final = FINAL_LINES[answer_format].format(answer)
+    if gold is not None:
+        gold = as_text(gold)
+    elif isinstance(solution, str) and solution.strip():
+        gold = re.sub(r"<<[^<>\n]*>>", "", solution).strip()        # GSM8K's notes for a calculator
+        if not (answer_format == "boxed" and last_boxed(gold) and grade(gold, answer)):
+            gold = f"{gold}\n{final}"
+    elif answer_only_gold:
+        gold = final
+    return Problem(question, answer, gold)
+
+
+def no_twice(pairs):
+    if len(record := dict(pairs)) != len(pairs):
+        raise ValueError("a field stands there twice")
+    return record
+
+
+def read_problems(path: str, answer_format: str = "hash", answer_only_gold: bool = False) -> list[Problem]:
+    """Problems from .jsonl, .jsonl.gz or .json (a list); see `parse_record` for the formats.
+
+    The gold is the data set's solution with the answer on a last line in `answer_format`, or the record's own `gold`.
+    Raises InputError with file and line."""
+    if not os.path.isfile(path):
+        raise InputError(f"{path}: no such file")
+    try:
+        opened = gzip.open(path, "rb") if path.endswith(".gz") else open(path, "rb")
+        with opened as f:
+            if path.endswith((".json", ".json.gz")):
+                text = f.read().decode("utf-8-sig")
+                records = json.loads(text, object_pairs_hook=no_twice)
+                if not isinstance(records, list):
+                    raise InputError(f"{path}: a .json file must hold a list of problems (one object a line is .jsonl)")
+                records = [(f"{path}, item {i}", r) for i, r in enumerate(records, 1)]
+            else:
+                records, number = [], 0
+                while line := f.readline(LONGEST_LINE + 1):
+                    number += 1
+                    if len(line) > LONGEST_LINE:
+                        raise InputError(f"{path}, line {number}: longer than {LONGEST_LINE >> 20} MiB; is this a JSONL file?")
+                    if line.strip():
+                        records.append((f"{path}, line {number}", parse_line(line, f"{path}, line {number}")))
+    except json.JSONDecodeError as e:
+        raise InputError(f"{path}, line {e.lineno}: not valid JSON ({e.msg})") from None
+    except (OSError, EOFError, ValueError, RecursionError, gzip.zlib.error) as e:
+        raise InputError(f"{path}: cannot be read ({getattr(e, 'strerror', None) or e})") from None
+    problems = []
+    for source, record in records:
+        problem = parse_record(record, answer_format, answer_only_gold) if isinstance(record, dict) else "not a JSON object"
+        if isinstance(problem, str):
+            raise InputError(f"{source}: {problem}")
+        problems.append(replace(problem, source=source))
+    if not problems:
+        raise InputError(f"{path}: no problems in it")
+    return problems
+
+
+def parse_line(line: bytes, source: str):
+    try:
+        return json.loads(line.decode("utf-8-sig"), object_pairs_hook=no_twice)
+    except UnicodeDecodeError:
+        raise InputError(f"{source}: not UTF-8 text") from None
+    except (ValueError, RecursionError) as e:
+        raise InputError(f"{source}: not valid JSON ({getattr(e, 'msg', e)})") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Prompts
+
+# A chat template is a stranger's program, and jinja2's sandbox stops neither a loop of 10^10 turns nor 'a' * 10^9. So it
+# never runs in this process: this little program renders all prompts at once under limits on time and memory.
+RENDER = """
+import json, sys
+try:
+    import resource
+    resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+except (ImportError, ValueError, OSError):
+    pass  # not on this system; the limit on time still holds
+from jinja2.exceptions import TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+def raise_exception(message):
+    raise TemplateError(message)
+
+job = json.load(sys.stdin)
+environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+environment.globals["raise_exception"] = raise_exception
+environment.filters["tojson"] = lambda x, **options: json.dumps(x, ensure_ascii=False, **options)
+try:
+    template = environment.from_string(job["template"])
+    texts = [template.render(messages=m, add_generation_prompt=True, **job["special"]) for m in job["conversations"]]
+    if sum(map(len, texts)) > 10**5 * len(texts):
+        raise TemplateError("it writes over 100,000 characters a prompt")
+    json.dump({"texts": texts}, sys.stdout)
+except MemoryError:
+    json.dump({"error": "it needs too much memory"}, sys.stdout)
+except Exception as e:
+    json.dump({"error": " ".join(f"{type(e).__name__}: {e}".split())[:300]}, sys.stdout)
+"""
+RENDER_SECONDS = 10  # plus one per thousand prompts
+
+
+def render(template: str, conversations: list[list[dict]], special: dict[str, str], where: str) -> list[str]:
+    """Each conversation through the chat template, the assistant's turn opened."""
+    job = json.dumps({"template": template, "conversations": conversations, "special": special})
+    try:
+        done = subprocess.run([sys.executable, "-c", RENDER], input=job, capture_output=True, text=True, encoding="utf-8",
+                              timeout=RENDER_SECONDS + len(conversations) / 1000)
+        result = json.loads(done.stdout)
+    except subprocess.TimeoutExpired:
+        raise InputError(f"{where}: the chat template does not end") from None
+    except ValueError:
+        raise InputError(f"{where}: the chat template could not be rendered ({done.stderr.strip().splitlines()[-1:] or 'no output'})") from None
+    if "error" in result:
+        raise InputError(f"{where}: the chat template cannot be used ({result['error']})")
+    return result["texts"]
+
+
+class Tokenizer:
+    """A model folder's tokenizer, chat template and stop tokens, with the instruction that goes with each question."""
+
+    def __init__(self, folder: str, answer_format: str = "hash", instruction: str | None = None):
+        self.folder = folder
+        self.instruction = INSTRUCTIONS[answer_format] if instruction is None else instruction
+        path = os.path.join(folder, "tokenizer.json")
+        if not os.path.isfile(path):
+            raise InputError(f"{folder}: no tokenizer.json there")
+        try:
+            self.tokenizer = tokenizers.Tokenizer.from_file(path)
+        except Exception as e:  # tokenizers raises bare Exception
+            raise InputError(f"{path}: not a readable tokenizer ({' '.join(str(e).split())[:200]})") from None
+        self.tokenizer.no_truncation()  # some folders carry settings of a batch long gone
+        self.tokenizer.no_padding()
+
+        def optional(name):
+            path = os.path.join(folder, name)
+            value = read_json(path) if os.path.isfile(path) else {}
+            if not isinstance(value, dict):
+                raise InputError(f"{path}: not a JSON object")
+            return value
+        config, generation = optional("tokenizer_config.json"), optional("generation_config.json")
+        token = lambda value: value.get("content") if isinstance(value, dict) else value
+        self.special = {n: token(config[n]) for n in ("bos_token", "eos_token", "unk_token", "pad_token") if isinstance(token(config.get(n)), str)}
+
+        ids = generation.get("eos_token_id")
+        ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
+        if not all(isinstance(i, int) and 0 <= i < self.tokenizer.get_vocab_size() for i in ids):
+            raise InputError(f"{folder}/generation_config.json: eos_token_id {ids} is not in the vocabulary")
+        eos = self.special.get("eos_token")
+        self.end_id = self.tokenizer.token_to_id(eos) if eos else (ids[0] if ids else None)
+        if self.end_id is None:
+            raise InputError(f"{folder}: no end token; tokenizer_config.json must name an eos_token of its vocabulary (it says {eos!r})")
+        self.stop_ids = sorted({self.end_id, *ids})
+
+        template = config.get("chat_template")
+        self.template_from = os.path.join(folder, "tokenizer_config.json")
+        if isinstance(template, list):
+            template = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}.get("default")
+        if os.path.isfile(path := os.path.join(folder, "chat_template.jinja")):
+            self.template_from = path
+            try:
+                with open(path, encoding="utf-8") as f:
+                    template = f.read()
+            except (OSError, UnicodeDecodeError) as e:
+                raise InputError(f"{path}: cannot be read ({e})") from None
+        if template is not None and not isinstance(template, str):
+            raise InputError(f"{self.template_from}: chat_template is not text")
+        self.template = template
+
+    def prompt_texts(self, problems: list[Problem]) -> list[str]:
+        """Each question with the instruction, in the model's chat form; without a template, question and instruction."""
+        conversations = []
+        for p in problems:
+            messages = [dict(m) for m in p.question] if isinstance(p.question, list) else [{"role": "user", "content": p.question}]
+            messages[-1]["content"] += f"\n{self.instruction}" if self.instruction else ""
+            conversations.append(messages)
+        if self.template is None:
+            return ["\n".join(m["content"] for m in messages) + "\n" for messages in conversations]
+        return render(self.template, conversations, self.special, self.template_from)
+
+    def encode_texts(self, texts: list[str]) -> list[Tensor]:
+        """Prompt texts as token ids (P,) each. A template writes its own special tokens; plain text gets the tokenizer's."""
+        return [torch.tensor(e.ids, dtype=torch.int64) for e in self.tokenizer.encode_batch(texts, add_special_tokens=self.template is None)]
+
+    def encode_prompt(self, problem: Problem) -> Tensor:
+        return self.encode_texts(self.prompt_texts([problem]))[0]
+
+    def encode_response(self, text: str) -> Tensor:
+        """(T,): a response as the model would have written it, tokenized apart from the prompt, with the end token."""
+        return torch.tensor([*self.tokenizer.encode(text, add_special_tokens=False).ids, self.end_id], dtype=torch.int64)
+
+    def decode(self, ids) -> str:
+        return self.tokenizer.decode(ids.tolist() if isinstance(ids, Tensor) else list(ids), skip_special_tokens=True)
+
+
+load_tokenizer = Tokenizer
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ready to train on
+
+def prepare(problems: list[Problem], tokenizer: Tokenizer, max_new_tokens: int, max_positions: int, *,
+            reward: Callable = grade, correct_at: float = 1.0) -> list[str]:
+    """Fill in prompt, gold_ids and gold_reward of every problem. Returns one line for each gold that cannot be used.
+
+    A gold is used only if it grades as correct against its own answer and fits into `max_new_tokens` whole: a gold cut
+    off would reward a text that never reaches its answer. Its problem still trains, without it. Raises InputError for a
+    prompt that leaves no room in the model's `max_positions`."""
+    complaints = []
+    texts = tokenizer.prompt_texts(problems)
+    for problem, text, prompt in zip(problems, texts, tokenizer.encode_texts(texts)):
+        if not 1 <= len(prompt) <= max_positions - max_new_tokens:
+            raise InputError(f"{problem.source}: the prompt has {len(prompt)} tokens, and with {max_new_tokens} new ones it does not fit "
+                             f"the model's {max_positions} positions; lower --max-new-tokens or leave the problem out")
+        problem.prompt = prompt
+        if problem.gold is None:
+            continue
+        gold = problem.gold
+        if text.rstrip().endswith("<think>") and "</think>" not in gold:   # the prompt has opened the model's scratch pad
+            thoughts, _, final = gold.rpartition("\n")
+            gold = f"{thoughts}\n</think>\n{final}"
+        ids = tokenizer.encode_response(gold)
+        value = reward(tokenizer.decode(ids), problem.answer)              # as the grader will see it: through the tokenizer
+        if value < correct_at:
+            complaints.append(f"{problem.source}: its gold does not grade as correct (answer {problem.answer!r})")
+        elif len(ids) > max_new_tokens:
+            complaints.append(f"{problem.source}: its gold has {len(ids)} tokens, more than --max-new-tokens {max_new_tokens}")
+        else:
+            problem.gold_ids, problem.gold_reward = ids, value
+    return complaints
+
+
+def grade_group(group: Group, problem: Problem, tokenizer: Tokenizer, reward: Callable = grade, correct_at: float = 1.0) -> Group:
+    """The group with `rewards` and `correct` filled in; a response without an end is graded as it stands."""
+    texts = [tokenizer.decode(ids[:n]) for ids, n in zip(group.responses, group.lengths.tolist())]
+    rewards = torch.tensor([reward(text, problem.answer) for text in texts], dtype=torch.float32)
+    return replace(group, rewards=rewards, correct=rewards >= correct_at)

@@ -1,0 +1,400 @@
+"""Groups of rollouts from a key/value cache, and evaluation with them.
+
+The prompt of a group runs once (`prefill`); its G responses then grow together, one token a step (`decode`), all
+reading the prompt's keys and values from one place. A row that ends leaves the batch at once and a waiting prompt takes
+the free places, so nothing finished and no padding goes through the network.
+
+Randomness belongs to the row, not to the batch: each prompt has a generator seeded from (seed, prompt id, repeat) that
+gives one uniform number per row and position, and a token is where the cumulative distribution passes that number. So
+what a row says does not depend on G, on the other rows or on the process that samples it, and there is no random state
+to save. (In bf16 kernels round by shape: then only the statistics agree.)
+
+    python sampler.py --model DIR --data FILE --samples 8 --temperature 1.0 --out completions.jsonl
+
+Letters: R rows in flight, B prompts in flight, G rows of a group, P prompt length, T response length, H query heads,
+K key/value heads, S = H / K query heads that share a key head, d head size, V vocabulary.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+from collections import Counter
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from data import Problem, Tokenizer, extract_answer, grade, grade_group, last_number, canonical, load_reward, load_tokenizer, prepare, read_problems
+from gcpo import Group
+from model import InputError, Transformer, encode_prompt, exit_on_input_error, load_model, pick_device, pick_dtype
+
+CPU_CACHE_BYTES = 4 * 2**30  # a fixed budget, so that the same command always makes the same batches
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From logits and a uniform number to a token
+
+def pick(weights: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """Inverse transform sampling: weights (n, M) float64 and not negative, u (n,) in [0, 1) -> index (n,), rest (n,).
+
+    `rest` is where u fell inside the chosen interval, again in [0, 1]. Never an index of weight 0, not even at u = 0
+    (right=True) or where u · total rounds up to the total (the clamp)."""
+    cdf = weights.cumsum(-1)
+    total, target = cdf[:, -1:], u[:, None] * cdf[:, -1:]
+    index = torch.searchsorted(cdf, target, right=True)
+    index = torch.minimum(index, (cdf < total).sum(-1, keepdim=True))
+    width = weights.gather(1, index)
+    rest = (target - (cdf.gather(1, index) - width)) / width
+    return index[:, 0], rest[:, 0].clamp(0, 1)
+
+
+def keep_top(probs: Tensor, top_p: float, top_k: int) -> Tensor:
+    """probs (n, V) with everything outside the nucleus set to 0; not renormalised."""
+    if top_k > 0:
+        least = probs.topk(min(top_k, probs.shape[1]), dim=-1).values[:, -1:]
+        probs = torch.where(probs >= least, probs, 0.0)
+    if top_p < 1:
+        ordered, index = probs.sort(dim=-1, descending=True)
+        before = ordered.cumsum(-1) - ordered                       # mass of the likelier tokens
+        probs = torch.zeros_like(probs).scatter(1, index, torch.where(before < top_p, ordered, 0.0))
+    return probs
+
+
+def choose(logits: Tensor, u: Tensor, temperature: float, top_p: float = 1.0, top_k: int = 0) -> tuple[Tensor, Tensor]:
+    """logits (n, V), u (n,) float64 -> token (n,), its logprob (n,) fp32 under softmax(logits / temperature).
+
+    temperature 0 is greedy (the logprob then at temperature 1). The logprob is that of the whole softmax, also with
+    top-p or top-k: training uses neither. The cumulative sum goes in two levels, over blocks and inside one block:
+    exact in float64, and a tenth of the cost of one sum over V."""
+    logits = logits.float()
+    if temperature == 0:
+        token = logits.argmax(-1)
+        return token, logits.log_softmax(-1).gather(1, token[:, None])[:, 0]
+    probs = (logits / temperature).softmax(-1)                      # (n, V)
+    likely = keep_top(probs, top_p, top_k)
+    n, V = probs.shape
+    blocks = torch.nn.functional.pad(likely, (0, -V % 128)).view(n, -1, 128)
+    block, rest = pick(blocks.sum(-1).double(), u)
+    token = block * 128 + pick(blocks[torch.arange(n, device=u.device), block].double(), rest)[0]
+    return token, probs.gather(1, token[:, None])[:, 0].log()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The batch in flight
+
+class Batch:
+    """Rows that are being sampled, and the keys and values they attend to.
+
+    Rows 0 … n−1 are alive; a row that leaves is overwritten by the last one. `seat` says which prompt a row answers and
+    `place` which of the prompt's G rows it is. Keys lie transposed, (…, d, length), as the score product wants them.
+    """
+    def __init__(self, model: Transformer, rows: int, seats: int, group_size: int, longest_prompt: int, max_new_tokens: int):
+        c, like = model.config, model.embed_tokens.weight
+        K, d, L, self.G = c.num_key_value_heads, c.head_dim, c.num_hidden_layers, group_size
+        # Zeros, since what lies beyond a row's length is read with weight 0, and 0 · NaN is NaN.
+        cache = lambda *shape: [torch.zeros(shape, dtype=like.dtype, device=like.device) for _ in range(L)]
+        self.model, self.device, self.n, self.seats = model, like.device, 0, 0
+        self.prompt_k, self.prompt_v = cache(seats, K, d, longest_prompt), cache(seats, K, longest_prompt, d)
+        self.k, self.v = cache(rows, K, d, max_new_tokens), cache(rows, K, max_new_tokens, d)
+        column = lambda *shape, dtype=torch.int64: torch.zeros(shape, dtype=dtype, device=like.device)
+        self.prompt_length = column(seats)                                   # (B,)
+        self.seat, self.place, self.length = column(rows), column(rows), column(rows)   # (R,)
+        self.ended = column(rows, dtype=torch.bool)
+        self.tokens, self.logprobs = column(rows, max_new_tokens), column(rows, max_new_tokens, dtype=torch.float32)
+        self.uniforms = column(rows, max_new_tokens, dtype=torch.float64)
+        self.owner, self.count = [], []                                      # per row, on the host: (prompt, place), tokens so far
+        self.members, self.prompt_lengths = [], []                           # per seat, on the host: rows alive, P
+
+    def append(self, logits, rows, select, stop_ids):
+        """Choose the next token of `rows` (a slice) from logits (n, V)."""
+        at = self.length[rows]
+        index = torch.arange(rows.start, rows.stop, device=self.device)
+        token, logprob = select(logits, self.uniforms[index, at])
+        self.tokens[index, at], self.logprobs[index, at] = token, logprob
+        self.length[rows] += 1
+        self.ended[rows] |= torch.isin(token, stop_ids)
+        for row in range(rows.start, rows.stop):
+            self.count[row] += 1
+
+    def prefill(self, owner: int, prompt: Tensor, uniforms: Tensor, select, stop_ids):
+        """Seat a prompt (P,): run it once and start its G rows with their first token."""
+        *kv, last = encode_prompt(self.model, prompt.to(self.device))
+        seat, P, rows = self.seats, len(prompt), slice(self.n, self.n + self.G)
+        for layer, (k, v) in enumerate(zip(kv[::2], kv[1::2])):              # (1, K, P, d) each
+            self.prompt_k[layer][seat, :, :, :P], self.prompt_v[layer][seat, :, :P] = k[0].transpose(1, 2), v[0]
+        self.seats, self.n = self.seats + 1, rows.stop
+        self.prompt_length[seat], self.seat[rows], self.place[rows] = P, seat, torch.arange(self.G, device=self.device)
+        self.length[rows], self.ended[rows], self.uniforms[rows] = 0, False, uniforms.to(self.device)
+        self.owner += [(owner, g) for g in range(self.G)]
+        self.count += [0] * self.G
+        self.members.append(self.G)
+        self.prompt_lengths.append(P)
+        self.append(self.model.logits(last).expand(self.G, -1), rows, select, stop_ids)
+
+    def decode(self, select, stop_ids):
+        """One more token for every row."""
+        n, P, T = self.n, max(self.prompt_lengths), max(self.count)          # widths of what is there to be read
+        row, at = torch.arange(n, device=self.device), self.length[:n] - 1   # the token to run, not yet in the cache
+        seat = self.seat[:n]
+        slot = seat * self.G + self.place[:n]                                # (n,) in the grid of B seats × G places
+        steps = torch.arange(max(P, T), device=self.device)
+        absent = torch.cat([steps[:P] >= self.prompt_length[seat, None], steps[:T] > at[:, None]], dim=1)  # (n, P + T)
+        bias = torch.zeros(absent.shape, device=self.device).masked_fill(absent, float("-inf"))[:, None, None]
+
+        def attend(layer, q, k, v):
+            """q (n, H, 1, d), k and v (n, K, 1, d) -> (n, H, 1, d): each row reads its prompt and its own past."""
+            K, d, B = k.shape[1], k.shape[3], self.seats
+            self.k[layer][row, :, :, at], self.v[layer][row, :, at] = k[:, :, 0], v[:, :, 0]
+            q = q.reshape(n, K, -1, d)                                       # (n, K, S, d)
+            S = q.shape[2]
+
+            def to_grid(x):                                                  # (n, K, S, m) -> (B, K, G·S, m)
+                grid = x.new_zeros(B * self.G, K, S, x.shape[3]).index_copy_(0, slot, x)
+                return grid.view(B, self.G, K, S, -1).transpose(1, 2).reshape(B, K, self.G * S, -1)
+
+            def from_grid(x):                                                # and back
+                return x.view(B, K, self.G, S, -1).transpose(1, 2).reshape(B * self.G, K, S, -1).index_select(0, slot)
+
+            to_prompt = from_grid(to_grid(q) @ self.prompt_k[layer][:B, :, :, :P])       # (n, K, S, P)
+            to_own = q @ self.k[layer][:n, :, :, :T]                                     # (n, K, S, T)
+            scores = torch.cat([to_prompt, to_own], dim=-1).float() * d**-0.5 + bias
+            weights = scores.softmax(-1).to(q.dtype)
+            out = from_grid(to_grid(weights[..., :P]) @ self.prompt_v[layer][:B, :, :P])
+            out += weights[..., P:] @ self.v[layer][:n, :, :T]               # (n, K, S, d)
+            return out.reshape(n, -1, 1, d)
+
+        tokens, positions = self.tokens[row, at][:, None], (self.prompt_length[seat] + at)[:, None]
+        hidden = self.model(tokens, past=attend, positions=positions)        # (n, 1, D)
+        self.append(self.model.logits(hidden[:, 0]), slice(0, n), select, stop_ids)
+
+    def leave(self, rows: list[int]):
+        """Take rows out; the last ones alive move into their places, and prompts without rows lose their seats."""
+        for row in rows:
+            self.members[int(self.seat[row])] -= 1
+        kept = [row for row in range(self.n) if row not in set(rows)]
+        n = len(kept)
+        holes, movers = [row for row in rows if row < n], [row for row in kept if row >= n]
+        if holes:
+            T = max(self.count)
+            for layer in range(len(self.k)):
+                self.k[layer][holes, :, :, :T], self.v[layer][holes, :, :T] = self.k[layer][movers, :, :, :T], self.v[layer][movers, :, :T]
+            for column in (self.seat, self.place, self.length, self.ended, self.tokens, self.logprobs, self.uniforms):
+                column[holes] = column[movers]
+            for hole, mover in zip(holes, movers):
+                self.owner[hole], self.count[hole] = self.owner[mover], self.count[mover]
+        self.n, self.owner, self.count = n, self.owner[:n], self.count[:n]
+        for seat in reversed(range(self.seats)):
+            if self.members[seat] == 0:
+                last = self.seats - 1
+                if seat != last:
+                    P = self.prompt_lengths[last]
+                    for k, v in zip(self.prompt_k, self.prompt_v):
+                        k[seat, :, :, :P], v[seat, :, :P] = k[last, :, :, :P], v[last, :, :P]
+                    self.prompt_length[seat] = self.prompt_length[last]
+                    self.members[seat], self.prompt_lengths[seat] = self.members[last], self.prompt_lengths[last]
+                    self.seat[:n][self.seat[:n] == last] = seat
+                self.members.pop(), self.prompt_lengths.pop()
+                self.seats -= 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sampling
+
+def prompt_generator(seed, prompt_id: int, repeat: int) -> torch.Generator:
+    """The random stream of one prompt; `seed` is a number, or several: (seed, step)."""
+    seeds = np.random.SeedSequence([*(seed if isinstance(seed, (tuple, list)) else (seed,)), prompt_id, repeat])
+    return torch.Generator().manual_seed(int(seeds.generate_state(1, np.uint64)[0] >> 1))
+
+
+def rows_that_fit(model: Transformer, group_size: int, longest_prompt: int, max_new_tokens: int) -> int:
+    """How many rows to keep in flight: what their keys and values may take of the memory, and at most 256."""
+    c, weight = model.config, model.embed_tokens.weight
+    per_token = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * weight.element_size()
+    row = per_token * (max_new_tokens + longest_prompt / group_size) + 16 * max_new_tokens + 12 * c.vocab_size
+    budget = CPU_CACHE_BYTES if weight.device.type != "cuda" else 0.6 * torch.cuda.mem_get_info(weight.device)[0]
+    return max(group_size, min(256, int(budget / row)))
+
+
+@torch.inference_mode()
+def sample(model: Transformer, prompts: list[Tensor], group_size: int, max_new_tokens: int, *, temperature: float = 1.0,
+           top_p: float = 1.0, top_k: int = 0, stop_ids, seed, prompt_ids=None, max_rows: int | None = None, progress=None) -> list[Group]:
+    """A Group of `group_size` responses for each prompt (P,), in the order given, on the CPU, not yet graded.
+
+    A response ends with the first of `stop_ids`, which belongs to it, or after `max_new_tokens`. `seed` is a number or a
+    tuple; `prompt_ids` name the prompts' random streams (default: their places in the list). `max_rows` bounds the
+    rows in flight. `progress(rows, tokens)` is called as rows end. Logprobs are those of softmax(logits / temperature).
+    """
+    G, ids = group_size, list(range(len(prompts)) if prompt_ids is None else prompt_ids)
+    if not prompts:
+        return []
+    if min(len(p) for p in prompts) < 1 or G < 1 or max_new_tokens < 1 or temperature < 0:
+        raise ValueError("sample: needs prompts of a token or more, group_size and max_new_tokens of 1 or more, temperature of 0 or more")
+    longest = max(len(p) for p in prompts)
+    rows = min(len(prompts), max(1, (max_rows or rows_that_fit(model, G, longest, max_new_tokens)) // G)) * G
+    batch = Batch(model, rows, rows // G, G, longest, max_new_tokens)
+    stops = torch.tensor(sorted(stop_ids), device=batch.device)
+    select = lambda logits, u: choose(logits, u, temperature, top_p, top_k)
+    check_every = 1 if batch.device.type == "cpu" else 16  # asking a GPU whether a row has ended makes it wait for us
+    responses = [[None] * G for _ in prompts]              # (tokens, logprobs, finished) of each row, once it has ended
+    waiting, seen = iter(range(len(prompts))), Counter()
+    upcoming = next(waiting, None)
+
+    while batch.n or upcoming is not None:
+        while upcoming is not None and batch.n + G <= rows and batch.seats < rows // G:
+            generator = prompt_generator(seed, ids[upcoming], seen[ids[upcoming]])
+            seen[ids[upcoming]] += 1
+            uniforms = torch.rand(G, max_new_tokens, generator=generator, dtype=torch.float64)  # row g does not depend on G
+            batch.prefill(upcoming, prompts[upcoming], uniforms, select, stops)
+            upcoming = next(waiting, None)
+
+        for _ in range(min(check_every, max_new_tokens - max(batch.count))):
+            batch.decode(select, stops)
+        ended = batch.ended[:batch.n].tolist()
+        leaving = [row for row in range(batch.n) if ended[row] or batch.count[row] == max_new_tokens]
+        for row in leaving:
+            tokens = batch.tokens[row, :batch.count[row]].to("cpu", copy=True)  # the next row will be written over this one
+            stop = torch.isin(tokens, stops.cpu()).nonzero().flatten()
+            length = int(stop[0]) + 1 if len(stop) else len(tokens)  # what came after the end between two checks is dropped
+            prompt, place = batch.owner[row]
+            responses[prompt][place] = tokens[:length], batch.logprobs[row, :length].to("cpu", copy=True), bool(len(stop))
+            if progress:
+                progress(1, length)
+        if leaving:
+            batch.leave(leaving)
+
+    def group(prompt, rows):
+        tokens, logprobs, finished = zip(*rows)
+        pad = lambda xs: torch.nn.utils.rnn.pad_sequence(xs, batch_first=True)
+        no = torch.zeros(G, dtype=torch.bool)
+        return Group(prompt.cpu(), pad(tokens), torch.tensor([len(t) for t in tokens]), torch.tensor(finished), pad(logprobs),
+                     no, torch.zeros(G), no.clone())
+    return [group(prompt, rows) for prompt, rows in zip(prompts, responses)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluation
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """Probability that k of n samples, drawn without replacement, hold one of the c correct ones (arXiv 2107.03374, eq. 1)."""
+    return 1 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def evaluate(model: Transformer, problems: list[Problem], tokenizer: Tokenizer, samples: int, max_new_tokens: int, *, temperature: float,
+             top_p: float = 1.0, top_k: int = 0, seed=0, max_rows: int | None = None, reward=grade, correct_at: float = 1.0,
+             progress: bool | str = False) -> tuple[dict[str, float], list[list[dict]]]:
+    """`samples` responses to every (prepared) problem. Returns metrics, and per problem its completions as records.
+
+    mean: share of correct responses, averaged over problems, and its standard error over problems (`mean_se`).
+    pass@k: unbiased, for k = 1, 2, 4, … up to `samples`. maj: share of problems whose commonest answer is right (the
+    earliest among equals; a response that names no answer has no vote). truncated: share of responses without an end.
+    no_answer: share that name no answer; last_number: share correct if the last number counted where none is named."""
+    with tqdm(total=len(problems) * samples, desc=progress or None, disable=not progress, unit="row", leave=False, dynamic_ncols=True) as bar:
+        done = [0]
+
+        def advance(rows, tokens):
+            done[0] += tokens
+            bar.update(rows)
+            bar.set_postfix_str(f"{done[0] / max(bar.format_dict['elapsed'], 1e-9):.0f} tokens/s", refresh=False)
+        groups = sample(model, [p.prompt for p in problems], samples, max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k,
+                        stop_ids=tokenizer.stop_ids, seed=seed, max_rows=max_rows, progress=advance)
+    ks = sorted({min(2**i, samples) for i in range(samples.bit_length() + 1)})
+    shares, passes, majority, completions = [], {k: [] for k in ks}, [], []
+    for problem, group in zip(problems, groups):
+        group = grade_group(group, problem, tokenizer, reward, correct_at)
+        right, records = int(group.correct.sum()), []
+        for ids, n, finished, r, ok in zip(group.responses, group.lengths.tolist(), group.finished.tolist(), group.rewards.tolist(), group.correct.tolist()):
+            text = tokenizer.decode(ids[:n])
+            records.append({"response": text, "answer": extract_answer(text), "correct": ok, "reward": r, "finished": finished, "tokens": n,
+                            "lenient": ok or (extract_answer(text) is None and last_number(text) == canonical(problem.answer))})
+        completions.append(records)
+        shares.append(right / samples)
+        for k in ks:
+            passes[k].append(pass_at_k(samples, right, k))
+        votes = Counter(r["answer"] for r in records if r["answer"] is not None).most_common(1)
+        majority.append(bool(votes) and next(r["correct"] for r in records if r["answer"] == votes[0][0]))
+    rows = [r for records in completions for r in records]
+    share = lambda values: sum(values) / len(values)
+    spread = float(np.std(shares, ddof=1)) if len(shares) > 1 else float("nan")
+    metrics = {"mean": share(shares), "mean_se": spread / math.sqrt(len(shares)), **{f"pass@{k}": share(passes[k]) for k in ks},
+               "maj": share(majority), "truncated": share([not r["finished"] for r in rows]), "no_answer": share([r["answer"] is None for r in rows]),
+               "last_number": share([r["lenient"] for r in rows]), "tokens": share([r["tokens"] for r in rows])}
+    return metrics, completions
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Sample and grade: evaluation of a model, and gold made by it.")
+    flag = parser.add_argument
+    flag("--model", required=True, help="Hugging Face model folder")
+    flag("--data", required=True, help="problems: .jsonl, .jsonl.gz or .json")
+    flag("--samples", type=int, default=1, help="responses per problem, K")
+    flag("--temperature", type=float, default=None, help="0: greedy (default: 0 with one sample, else 1)")
+    flag("--top-p", type=float, default=1.0, help="sample from the likeliest tokens that make up this mass")
+    flag("--top-k", type=int, default=0, help="sample from this many likeliest tokens; 0: all")
+    flag("--max-new-tokens", type=int, default=512, help="longest response")
+    flag("--limit", type=int, default=0, help="only the first so many problems; 0: all")
+    flag("--skip", type=int, default=0, help="leave out the first so many problems")
+    flag("--rows", type=int, default=None, help="rows in flight (default: what fits, at most 256)")
+    flag("--seed", type=int, default=0, help="of the sampling")
+    flag("--device", default="auto", help="auto, cpu, cuda, cuda:1 …")
+    flag("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="auto: bfloat16 where the device is fast at it")
+    flag("--answer-format", default="hash", choices=("hash", "boxed"), help="what the instruction asks for: #### or \\boxed{}")
+    flag("--instruction", default=None, help="text after each question, in place of the format's own")
+    flag("--reward", default=None, help="FILE.py:function, (response, answer) -> float, in place of the grader")
+    flag("--correct-at", type=float, default=1.0, help="reward from which on a response counts as correct")
+    flag("--out", default=None, help="write every completion here, a JSON line each")
+    flag("--keep-correct", default=None, help="write the problems that were solved here, each with a correct response as its gold")
+    args = parser.parse_args()
+    for name, least in (("samples", 1), ("max_new_tokens", 1), ("limit", 0), ("skip", 0), ("top_k", 0), ("temperature", 0), ("rows", 1)):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise InputError(f"--{name.replace('_', '-')} {value}: must be {least} or more")
+    if not 0 < args.top_p <= 1:
+        raise InputError(f"--top-p {args.top_p}: must be above 0 and at most 1")
+    for path in (args.out, args.keep_correct):
+        if path and not os.path.isdir(os.path.dirname(path) or "."):
+            raise InputError(f"{path}: its folder does not exist")
+    temperature = args.temperature if args.temperature is not None else float(args.samples > 1)
+    device = pick_device(args.device)
+    reward = load_reward(args.reward)
+    problems = read_problems(args.data, args.answer_format)[args.skip:][:args.limit or None]
+    if not problems:
+        raise InputError(f"{args.data}: no problems left after --skip {args.skip}")
+    tokenizer = load_tokenizer(args.model, args.answer_format, args.instruction)
+    model = load_model(args.model, device, pick_dtype(args.dtype, device))
+    for problem in problems:
+        problem.gold = None  # not wanted here, so not checked
+    prepare(problems, tokenizer, args.max_new_tokens, model.config.max_position_embeddings, reward=reward, correct_at=args.correct_at)
+    metrics, completions = evaluate(model, problems, tokenizer, args.samples, args.max_new_tokens, temperature=temperature, top_p=args.top_p,
+                                    top_k=args.top_k, seed=args.seed, max_rows=args.rows, reward=reward, correct_at=args.correct_at, progress="sampling")
+    k = args.samples
+    print(f"{len(problems)} problems x {k} samples, temperature {temperature:g}")
+    print(f"mean@{k}      {metrics['mean']:.4f} ± {metrics['mean_se']:.4f} (standard error over problems)")
+    for name in [n for n in metrics if n.startswith("pass@")]:
+        print(f"{name:<12}{metrics[name]:.4f}")
+    print(f"maj@{k:<8}{metrics['maj']:.4f}")
+    print(f"truncated   {metrics['truncated']:.4f}  no answer {metrics['no_answer']:.4f}  tokens {metrics['tokens']:.1f}")
+    print(f"with the last number counted where no answer is named: {metrics['last_number']:.4f}")
+    if args.out:
+        rows = ({"question": p.question, "reference": p.answer, **r} for p, records in zip(problems, completions) for r in records)
+        print(f"wrote {write_jsonl(args.out, rows)} completions to {args.out}")
+    if args.keep_correct:
+        solved = ({"question": p.question, "answer": p.answer, "gold": min(good, key=len)} for p, records in zip(problems, completions)
+                  if (good := [r["response"] for r in records if r["correct"] and r["finished"]]))
+        print(f"wrote {write_jsonl(args.keep_correct, solved)} solved problems with their gold to {args.keep_correct}")
+
+
+def write_jsonl(path: str, records) -> int:
+    """Write beside and rename, so that the file is whole or not there. Returns the number of records."""
+    count = 0
+    with open(path + ".writing", "w", encoding="utf-8") as f:
+        for count, record in enumerate(records, 1):
+            f.write(json.dumps(record, ensure_ascii=False) + "\n")
+    os.replace(path + ".writing", path)
+    return count
+
+
+if __name__ == "__main__":
+    exit_on_input_error(main)
