@@ -253,5 +253,5 @@ def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask
             "approx_kl": masked_sum(kl_estimate(old_logprobs, logprobs), policy),  # KL(π_old ‖ π_θ)
         }
         if algorithm.kl_coef > 0:
-            sums["ref_kl"] = masked_sum(kl, mask)
+            sums["ref_kl"], sums["ref_tokens"] = masked_sum(kl, mask), mask.sum()
     return loss, sums

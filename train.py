@@ -1,0 +1,537 @@
+"""Training: sample → grade → substitute gold → advantages → updates → log → evaluate → save.
+
+    python train.py                                        the toy: GCPO learns where GRPO cannot take a step
+    python train.py --model DIR --data gsm8k.jsonl         the same program on a real model and real problems
+
+`train` below is the algorithm, to be read from top to bottom; `update` is its optimizer step. The weights live in fp32
+under AdamW. Where bf16 products are faster, a bf16 copy of them does all the computing, sampling and scoring alike; its
+gradients are added up in fp32 on the weights themselves, and it is refreshed after every step of the optimizer.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import random
+import re
+import shlex
+import shutil
+import sys
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass, fields, replace
+
+import tokenizers
+import torch
+from tqdm import tqdm
+
+from data import Problem, Tokenizer, grade_group, load_reward, load_tokenizer, prepare, read_problems
+from gcpo import ALGORITHMS, Algorithm, Group, gold_group, group_advantages, policy_loss, substitute_gold, switch
+from model import (InputError, Transformer, encode_prompt, exit_on_input_error, load_model, pick_device, pick_dtype, read_config, save_model,
+                   score_responses, token_logprobs)
+from sampler import evaluate, prompt_generator, rows_that_fit, sample
+
+
+@dataclass(frozen=True)
+class Config:
+    """One field, one flag, one line of --help. The switches of gcpo.Algorithm are flags as well."""
+    model: str = switch(None, "Hugging Face model folder (without --model and --data: the toy)")
+    data: str = switch(None, "training problems: .jsonl, .jsonl.gz or .json")
+    eval_data: str = switch(None, "held-out problems, evaluated before, during and after training")
+    out: str = switch(None, "folder for model, logs and samples (default: a new one under runs/)")
+    algo: str = switch("gcpo", "preset of the switches below", tuple(ALGORITHMS))
+    steps: int = switch(200, "training steps: batches of rollouts")
+    prompts: int = switch(8, "problems per step")
+    group_size: int = switch(8, "G, rollouts per problem")
+    max_new_tokens: int = switch(200, "longest response; gold that is longer is not used")
+    updates: int = switch(1, "optimizer steps per batch of rollouts, each on its share of the groups")
+    temperature: float = switch(1.0, "of sampling; it divides the logits in scoring too")
+    lr: float = switch(1e-5, "learning rate of AdamW, reached after the warm-up")
+    lr_end: float = switch(1.0, "share of the learning rate left at the last step (linear)")
+    warmup: int = switch(5, "steps of linear warm-up")
+    weight_decay: float = switch(0.0, "decoupled weight decay")
+    max_grad_norm: float = switch(1.0, "gradients are scaled down to this norm")
+    eval_every: int = switch(0, "evaluate every so many steps; 0: before and after only")
+    eval_samples: int = switch(1, "responses per held-out problem; 1 is greedy, more are sampled at temperature 1")
+    eval_limit: int = switch(200, "only the first so many held-out problems; 0: all")
+    save_every: int = switch(0, "also save the model every so many steps; 0: at the end only")
+    answer_format: str = switch("hash", "what instruction and gold use: #### or \\boxed{}", ("hash", "boxed"))
+    instruction: str = switch(None, "text after each question, in place of the format's own")
+    answer_only_gold: bool = switch(False, "make gold from the bare answer where the data has no solution")
+    reward: str = switch(None, "FILE.py:function, (response, answer) -> float, in place of the grader")
+    correct_at: float = switch(1.0, "reward from which on a response counts as correct")
+    seed: int = switch(0, "of everything random")
+    device: str = switch("auto", "auto, cpu, cuda, cuda:1 …")
+    dtype: str = switch("auto", "of the compute; auto: bfloat16 where it is faster and precise enough", ("auto", "float32", "bfloat16"))
+    threads: int = switch(0, "CPU threads; 0: PyTorch's choice")
+    rows: int = switch(0, "rows sampled at a time; 0: what fits in memory, at most 256")
+    rows_per_pass: int = switch(0, "rows of a group in one backward pass; 0: all (lower it if memory runs out)")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The compute copy
+
+def compute_copy(model: Transformer, dtype: torch.dtype) -> Transformer:
+    """The model in the dtype of the compute: itself in fp32, else a copy whose gradients arrive at `model` in fp32.
+
+    Gradients are moved as soon as a backward pass has completed them, so that those of many groups add up in fp32."""
+    if dtype == torch.float32:
+        return model
+    with torch.device("meta"):
+        copy = Transformer(model.config)
+    copy = copy.to_empty(device=model.norm.weight.device).to(dtype)
+    for master, p in zip(model.parameters(), copy.parameters()):
+        def move(p, master=master):
+            master.grad = p.grad.float() if master.grad is None else master.grad.add_(p.grad)
+            p.grad = None
+        p.register_post_accumulate_grad_hook(move)
+    refresh(copy, model)
+    return copy
+
+
+@torch.no_grad()
+def refresh(copy: Transformer, model: Transformer) -> None:
+    if copy is not model:
+        for p, master in zip(copy.parameters(), model.parameters()):
+            p.copy_(master)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One optimizer step
+
+@dataclass
+class Item:
+    """A group with what an update needs to know of it."""
+    problem: Problem
+    group: Group
+    advantages: torch.Tensor                    # (G,)
+    old_logprobs: torch.Tensor | None = None    # (G, T); None: the weights have not moved since, and the ratio is exactly 1
+    ref_logprobs: torch.Tensor | None = None    # (G, T), of the frozen start model; only with a KL penalty
+
+    @property
+    def has_contrast(self) -> bool:
+        return bool((self.advantages != 0).any())
+
+
+def backward(compute: Transformer, item: Item, algorithm: Algorithm, config: Config, total_rows: int, total_tokens: int) -> Counter:
+    """Add one group's gradient to the weights'. Returns sums for the metrics.
+
+    The prompt's keys, values and last state are cut from its graph and made leaves. The responses then go through in
+    passes of `rows_per_pass`, each leaving its gradient in the leaves, and one backward through the prompt follows: the
+    gradient is that of a single pass, the memory that of a few rows."""
+    group, device = item.group, compute.norm.weight.device
+    prefix = encode_prompt(compute, group.prompt.to(device))
+    leaves = [x.detach().requires_grad_() for x in prefix]
+    sums = Counter()
+    for rows in torch.arange(len(group.lengths)).split(config.rows_per_pass or len(group.lengths)):
+        T = int(group.lengths[rows].max())
+        part = lambda x: None if x is None else x[rows][:, :T].to(device)       # these rows of a (G, T) tensor
+        mask, is_gold = part(group.mask), group.is_gold[rows].to(device)
+        logprobs, entropy = score_responses(compute, leaves, part(group.responses), group.lengths[rows].to(device), config.temperature)
+        old = logprobs.detach() if item.old_logprobs is None else part(item.old_logprobs)
+        loss, part_sums = policy_loss(
+            logprobs, old, item.advantages[rows].to(device), mask, algorithm, total_rows=total_rows, total_tokens=total_tokens,
+            max_new_tokens=config.max_new_tokens, is_gold=is_gold, ref_logprobs=part(item.ref_logprobs))
+        loss.backward()
+        policy = mask & ~is_gold[:, None]
+        part_sums |= {"loss": loss.detach(), "entropy": entropy[policy].sum(), "mismatch": (part(group.logprobs) - old)[policy].abs().sum()}
+        sums.update({name: float(value) for name, value in part_sums.items()})
+    torch.autograd.backward(prefix, [torch.zeros_like(x) if x.grad is None else x.grad for x in leaves])
+    return sums
+
+
+def update(model: Transformer, compute: Transformer, optimizer, items: list[Item], algorithm: Algorithm, config: Config) -> tuple[Counter, float | None]:
+    """One step of the optimizer. Returns the metric sums and the gradient norm before clipping, None if no step was taken.
+
+    Denominators count every row and token of these groups. A group without contrast has no gradient and costs nothing,
+    but counts. Where no group has any, weights and moments stay as they are: momentum must not move them."""
+    total_rows = sum(len(i.group.lengths) for i in items)
+    total_tokens = sum(int(i.group.lengths.sum()) for i in items)
+    sums = Counter()
+    for item in items:
+        if item.has_contrast:
+            sums.update(backward(compute, item, algorithm, config, total_rows, total_tokens))
+    if not sums:
+        return sums, None
+    grad_norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm))
+    if math.isfinite(grad_norm):
+        optimizer.step()
+        refresh(compute, model)
+    optimizer.zero_grad(set_to_none=True)
+    return sums, grad_norm
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The algorithm
+
+def train(config: Config, algorithm: Algorithm, model: Transformer, compute: Transformer, tokenizer: Tokenizer, problems: list[Problem],
+          held_out: list[Problem], reward, log) -> tuple[dict, dict]:
+    """The whole run. Returns the metrics of the first and the last evaluation."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=True)
+    reference = load_model(config.model, compute.norm.weight.device, compute.norm.weight.dtype) if algorithm.kl_coef > 0 else None
+    start = [p.detach().to("cpu", torch.bfloat16, copy=True) for p in model.parameters()]
+    before = after = evaluation(compute, held_out, tokenizer, config, reward)
+    log("metrics", {"step": 0, **before})
+
+    bar = tqdm(range(config.steps), desc=algorithm.name, unit="step", dynamic_ncols=True)
+    for step in bar:
+        began = time.perf_counter()
+        chosen = [(i, problems[i]) for i in batch_indices(len(problems), step, config)]
+        if algorithm.train_on == "gold":
+            rollouts = []
+            items = [Item(p, gold_group(p.prompt, p.gold_ids), torch.ones(1)) for _, p in chosen if p.gold_ids is not None]
+        else:
+            rollouts = sample(compute, [p.prompt for _, p in chosen], config.group_size, config.max_new_tokens, temperature=config.temperature,
+                              stop_ids=tokenizer.stop_ids, seed=(config.seed, step), prompt_ids=[i for i, _ in chosen], max_rows=config.rows or None)
+            rollouts = [grade_group(group, p, tokenizer, reward, config.correct_at) for group, (_, p) in zip(rollouts, chosen)]
+            items, slots = [], prompt_generator((config.seed, step, 1), 0, 0)   # `slots` draws which rollout gives way
+            for group, (_, p) in zip(rollouts, chosen):
+                if p.gold_ids is not None:
+                    group = substitute_gold(group, p.gold_ids, algorithm, slots, p.gold_reward)
+                items.append(Item(p, group, group_advantages(group.rewards, algorithm.scale)))
+        sampled = time.perf_counter()
+
+        minibatches = [items[len(items) * i // config.updates:len(items) * (i + 1) // config.updates] for i in range(config.updates)]
+        for batch in minibatches[1:] if algorithm.train_on == "rollouts" else []:
+            for item in batch:                                                  # π_old, before the first update moves the weights
+                item.old_logprobs = score(compute, item, config.temperature) if item.has_contrast else None
+        for item in items if reference else []:
+            item.ref_logprobs = score(reference, item, config.temperature) if item.has_contrast else None
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, config)
+        sums, norms = Counter(), []
+        for batch in minibatches:
+            batch_sums, norm = update(model, compute, optimizer, batch, algorithm, config)
+            sums.update(batch_sums)
+            norms.append(norm)
+        updated = time.perf_counter()
+
+        tokens = sum(int(g.lengths.sum()) for g in rollouts or [i.group for i in items])
+        metrics = {"step": step + 1, **rollout_metrics(rollouts, items), **update_metrics(sums, norms), "update/lr": learning_rate(step, config),
+                   "update/bf16_changed": bf16_changed(model, start), "time/sample": sampled - began, "time/update": updated - sampled,
+                   "time/tokens_per_second": tokens / (updated - began)}
+        last = step + 1 == config.steps
+        if last or (config.eval_every and (step + 1) % config.eval_every == 0):
+            after = evaluation(compute, held_out, tokenizer, config, reward)
+            metrics |= after
+        log("metrics", metrics)
+        log("samples", sample_record(step + 1, items, tokenizer))
+        bar.set_postfix_str(f"reward {metrics.get('reward/mean', math.nan):.3f}, gold {metrics['gold/share']:.2f}, {metrics['time/tokens_per_second']:.0f} tokens/s")
+        if last or (config.save_every and (step + 1) % config.save_every == 0):
+            save_model(model, os.path.join(config.out, "model" if last else f"step-{step + 1}"), tokenizer.folder)
+    return before, after
+
+
+def batch_indices(size: int, step: int, config: Config) -> list[int]:
+    """The problems of step `step` (from 0): a new order for each pass over the data, nothing left out at its end, and
+    no state, as all follows from the step."""
+    first = step * config.prompts
+    epochs = range(first // size, (first + config.prompts - 1) // size + 1)
+    orders = {epoch: random.Random(f"{config.seed}/{epoch}").sample(range(size), size) for epoch in epochs}
+    return [orders[i // size][i % size] for i in range(first, first + config.prompts)]
+
+
+def learning_rate(step: int, config: Config) -> float:
+    """For step `step` (from 0): linear warm-up, then linear to lr · lr_end at the last step."""
+    if step < config.warmup:
+        return config.lr * (step + 1) / config.warmup
+    done = (step - config.warmup) / max(1, config.steps - 1 - config.warmup)
+    return config.lr * (1 - (1 - config.lr_end) * done)
+
+
+@torch.no_grad()
+def score(policy: Transformer, item: Item, temperature: float) -> torch.Tensor:
+    """The trainer's logprobs (G, T) of a group, on the CPU, without gradient."""
+    device, group = policy.norm.weight.device, item.group
+    return token_logprobs(policy, group.prompt.to(device), group.responses.to(device), temperature, group.lengths.to(device))[0].cpu()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is written down
+
+def mean(values) -> float:
+    values = [float(v) for v in values]
+    return sum(values) / len(values) if values else math.nan
+
+
+def evaluation(compute: Transformer, held_out: list[Problem], tokenizer: Tokenizer, config: Config, reward) -> dict:
+    """Metrics on the held-out problems (the README's table explains each); empty without any."""
+    if not held_out:
+        return {}
+    began = time.perf_counter()
+    metrics, _ = evaluate(compute, held_out, tokenizer, config.eval_samples, config.max_new_tokens, temperature=float(config.eval_samples > 1),
+                          seed=config.seed, max_rows=config.rows or None, reward=reward, correct_at=config.correct_at, progress="evaluating")
+    golds = [Item(p, gold_group(p.prompt, p.gold_ids), torch.ones(1)) for p in held_out if p.gold_ids is not None]
+    metrics["gold_logprob"] = mean(score(compute, item, 1.0).mean() for item in golds)
+    return {**{f"eval/{name}": value for name, value in metrics.items()}, "time/eval": time.perf_counter() - began}
+
+
+def rollout_metrics(rollouts: list[Group], items: list[Item]) -> dict:
+    """Of the rollouts as sampled, before any gold took a place; and how often it did."""
+    metrics = {"gold/share": mean(i.group.is_gold.any() for i in items)}
+    if rollouts:
+        right = [float(g.correct.float().mean()) for g in rollouts]
+        metrics |= {
+            "reward/mean": mean(g.rewards.mean() for g in rollouts), "reward/correct": mean(right),
+            "groups/all_wrong": mean(r == 0 for r in right), "groups/mixed": mean(0 < r < 1 for r in right), "groups/all_right": mean(r == 1 for r in right),
+            "length/mean": mean(g.lengths.float().mean() for g in rollouts), "length/truncated": mean(1 - g.finished.float().mean() for g in rollouts)}
+    return metrics
+
+
+def update_metrics(sums: Counter, norms: list[float | None]) -> dict:
+    """Sums over the step's tokens become means: of the policy's own tokens, and of the gold's apart from them."""
+    over = lambda name, count: sums[name] / sums[count] if sums[count] else math.nan
+    return {
+        "update/loss": sums["loss"] / max(1, len(norms)), "update/grad_norm": mean(n for n in norms if n is not None),
+        "update/skipped": mean(n is None for n in norms), "update/not_finite": mean(n is not None and not math.isfinite(n) for n in norms),
+        "policy/ratio": over("policy_ratio", "policy_tokens"), "policy/clip_fraction": over("policy_clipped", "policy_tokens"),
+        "policy/approx_kl": over("approx_kl", "policy_tokens"), "policy/entropy": over("entropy", "policy_tokens"),
+        "policy/ref_kl": over("ref_kl", "ref_tokens"), "sampler/mismatch": over("mismatch", "policy_tokens"),
+        "gold/logprob": over("gold_logprob", "gold_tokens"), "gold/ratio": over("gold_ratio", "gold_tokens"),
+        "gold/clip_fraction": over("gold_clipped", "gold_tokens")}
+
+
+def bf16_changed(model: Transformer, start: list[torch.Tensor]) -> float:
+    """Share of weights whose value in bf16 differs from the start's: only these can change a bf16 forward pass."""
+    changed = sum(int((p.detach().to("cpu", torch.bfloat16) != s).sum()) for p, s in zip(model.parameters(), start))
+    return changed / sum(s.numel() for s in start)
+
+
+def sample_record(step: int, items: list[Item], tokenizer: Tokenizer) -> dict:
+    """One whole group of the step as text: the first that got gold, else the first."""
+    if not items:
+        return {"step": step}
+    item = next((i for i in items if i.group.is_gold.any()), items[0])
+    g, columns = item.group, ("rewards", "correct", "is_gold", "finished", "lengths")
+    rows = [{"text": tokenizer.decode(ids[:n]), "advantage": a} | {c: v for c, v in zip(columns, values)} for ids, n, a, *values in
+            zip(g.responses, g.lengths.tolist(), item.advantages.tolist(), *(getattr(g, c).tolist() for c in columns))]
+    return {"step": step, "source": item.problem.source, "question": item.problem.question, "answer": item.problem.answer, "responses": rows}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The toy
+
+# A model with random weights that never solves a problem, and problems a rollout cannot solve by luck: 1 of 10,000.
+TOY = dict(steps=300, prompts=32, group_size=4, max_new_tokens=30, updates=2, lr=2.5e-3, lr_end=0.05, warmup=10, eval_every=25, eval_limit=0,
+           instruction="", dtype="float32", threads=1)
+TOY_NAMES = ("Ann", "Ben", "Eva", "Ian", "Kim", "Leo", "Mia", "Sam")
+TOY_HELD_OUT = 256
+
+
+def toy_problem(name: str, digits: tuple[int, int, int, int]) -> dict:
+    first, *addends = digits
+    code, lines = [first], []
+    for a in addends:
+        lines.append(f"{code[-1]}+{a}={code[-1] + a}")
+        code.append((code[-1] + a) % 10)
+    question = f"{name} has a lock. It starts with {first}. Each next digit adds {', '.join(map(str, addends))}. What is the code?"
+    return {"question": question, "answer": f"{'; '.join(lines)}\n#### {''.join(map(str, code))}"}
+
+
+def build_toy(folder: str, seed: int) -> dict:
+    """Write the toy's model folder, train.jsonl and held_out.jsonl, all following from `seed`. Returns their paths as settings."""
+    rng = random.Random(seed)
+    locks = [(a, b, c, d) for a in range(1, 10) for b in range(1, 10) for c in range(1, 10) for d in range(1, 10)]
+    rng.shuffle(locks)  # the held-out locks never stand in the train file, under no name
+    held_out = [toy_problem(rng.choice(TOY_NAMES), lock) for lock in locks[:TOY_HELD_OUT]]
+    problems = [toy_problem(name, lock) for lock in locks[TOY_HELD_OUT:] for name in TOY_NAMES]
+    rng.shuffle(problems)
+    os.makedirs(folder)
+    for name, records in (("train.jsonl", problems[:10_000]), ("held_out.jsonl", held_out)):
+        with open(os.path.join(folder, name), "w", encoding="utf-8") as f:
+            f.writelines(json.dumps(r) + "\n" for r in records)
+
+    # A word keeps the space after it, so joining tokens gives the text back, and digits are always bare.
+    pieces = r"[A-Za-z]+ ?|\d|[+=]|[.,;?] ?|#### |\n"
+    words = {piece for r in problems[:1000] for piece in re.findall(pieces, r["question"] + "\n" + r["answer"])}
+    vocabulary = ["<end>", "<unknown>", *sorted(words | set("0123456789"))]
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(vocabulary)}, unk_token="<unknown>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(pieces), "isolated")
+    tokenizer.decoder = tokenizers.decoders.Fuse()
+    tokenizer.add_special_tokens(["<end>", "<unknown>"])
+
+    blank = os.path.join(folder, "blank")  # an architecture and a tokenizer, from which save_model makes the model folder
+    os.makedirs(blank)
+    tokenizer.save(os.path.join(blank, "tokenizer.json"))
+    for name, value in (
+            ("tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<end>", "pad_token": "<end>", "unk_token": "<unknown>"}),
+            ("generation_config.json", {"eos_token_id": 0, "pad_token_id": 0}),
+            ("config.json", {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": len(vocabulary), "hidden_size": 96,
+                             "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 3, "num_key_value_heads": 3, "hidden_act": "silu",
+                             "max_position_embeddings": 128, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": True,
+                             "eos_token_id": 0, "pad_token_id": 0})):
+        with open(os.path.join(blank, name), "w", encoding="utf-8") as f:
+            json.dump(value, f, indent=2)
+    model = Transformer(read_config(blank)).init_weights(torch.Generator().manual_seed(seed))
+    save_model(model, os.path.join(folder, "model"), tokenizer_from=blank)
+    shutil.rmtree(blank)
+    return {"model": os.path.join(folder, "model"), "data": os.path.join(folder, "train.jsonl"), "eval_data": os.path.join(folder, "held_out.jsonl")}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line
+
+def parse_flags(argv: list[str] | None = None) -> tuple[Config, Algorithm, dict]:
+    """Config and Algorithm from the command line, and the flags that were given by hand."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], argument_default=argparse.SUPPRESS)
+
+    def optional(kind):
+        return lambda text: None if text.lower() == "none" else kind(text)
+
+    def add(group, spec):
+        name, default, choices = "--" + spec.name.replace("_", "-"), spec.default, spec.metadata["choices"]
+        text = spec.metadata["help"].replace("%", "%%")
+        if default is False:
+            return group.add_argument(name, action="store_true", help=text)
+        kind = {"int": int, "float": float, "str": str}.get(spec.type, optional(float))
+        group.add_argument(name, type=kind, choices=choices, metavar=None if choices else spec.type.split(" ")[0].upper(),
+                           help=text if group is switches or default is None else f"{text} (default {default})")
+
+    settings, switches = parser.add_argument_group("settings"), parser.add_argument_group("switches of the algorithm (default: the preset's)")
+    for spec in fields(Config):
+        add(settings, spec)
+    for spec in fields(Algorithm):
+        if spec.metadata:
+            add(switches, spec)
+    given = vars(parser.parse_args(argv))
+
+    toy = "model" not in given and "data" not in given
+    if not toy and not ("model" in given and "data" in given):
+        raise InputError(f"--{'data' if 'model' in given else 'model'} is missing: give --model and --data, or neither for the toy")
+    if toy and "eval_data" in given:
+        raise InputError("--eval-data needs --model and --data: the toy brings its own held-out problems")
+    names = {f.name for f in fields(Config)}
+    config = Config(**{**(TOY if toy else {}), **{k: v for k, v in given.items() if k in names}})
+    check(config)
+    try:
+        algorithm = replace(ALGORITHMS[config.algo], **{k: v for k, v in given.items() if k not in names})
+    except ValueError as e:
+        raise InputError(f"--{str(e).replace('_', '-', 1)}") from None
+    if config.updates > 1 and algorithm.level == "sequence" and max(algorithm.clip_low, algorithm.clip_high) < BF16_RATIO_NOISE:
+        if config.dtype == "auto":
+            config = replace(config, dtype="float32")  # rounding alone would clip nearly every sequence
+        elif config.dtype == "bfloat16":
+            print(f"warning: in bfloat16 a sequence ratio carries about {BF16_RATIO_NOISE} of rounding noise, more than the clip range; "
+                  "use --dtype float32 or wider --clip-low and --clip-high", file=sys.stderr)
+    return config, algorithm, given
+
+
+BF16_RATIO_NOISE = 0.005  # of a sequence ratio over ~100 tokens, measured on SmolLM2-135M
+
+
+def check(config: Config) -> None:
+    least = dict(steps=1, prompts=1, group_size=1, max_new_tokens=1, updates=1, lr=0, lr_end=0, warmup=0, weight_decay=0, eval_every=0,
+                 eval_samples=1, eval_limit=0, save_every=0, threads=0, rows=0, rows_per_pass=0, seed=0)
+    for name, low in least.items():
+        value = getattr(config, name)
+        if not low <= value < math.inf:
+            raise InputError(f"--{name.replace('_', '-')} {value}: must be {low} or more, and finite")
+    for name in ("temperature", "max_grad_norm"):
+        if not 0 < getattr(config, name) < math.inf:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be above 0, and finite")
+    if config.updates > config.prompts:
+        raise InputError(f"--updates {config.updates}: each update needs a group, and there are --prompts {config.prompts}")
+    if config.group_size == 1 and ALGORITHMS[config.algo].train_on == "rollouts":
+        raise InputError("--group-size 1: a group of one has no contrast; use 2 or more")
+    if config.out and os.path.exists(config.out) and (not os.path.isdir(config.out) or os.listdir(config.out)):
+        raise InputError(f"--out {config.out}: there is something already; name another folder or remove it")
+
+
+def fresh_folder(stem: str) -> str:
+    """runs/NAME, or runs/NAME-2, -3 … if it is taken."""
+    name, n = stem, 1
+    while os.path.exists(name):
+        n += 1
+        name = f"{stem}-{n}"
+    return name
+
+
+def as_command(config: Config, given: dict) -> str:
+    """The run as one command, whatever chose its settings."""
+    settings = {f.name: getattr(config, f.name) for f in fields(Config) if getattr(config, f.name) != f.default or f.name == "algo"}
+    settings |= {k: v for k, v in given.items() if k not in asdict(config)}
+    words = ["python", "train.py"]
+    for name, value in settings.items():
+        words += ["--" + name.replace("_", "-")] + ([] if value is True else [str(value)])
+    return shlex.join(words)
+
+
+def estimated_bytes(model: Transformer, compute: Transformer, config: Config, longest_prompt: int) -> float:
+    """Weights, gradients, Adam's moments, the compute copy, the cache of the rows in flight, one group's activations."""
+    c, size = model.config, compute.norm.weight.element_size()
+    n = sum(p.numel() for p in model.parameters())
+    rows = min(config.rows or rows_that_fit(compute, config.group_size, longest_prompt, config.max_new_tokens), config.prompts * config.group_size)
+    kv = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * size
+    tokens = (config.rows_per_pass or config.group_size) * config.max_new_tokens + longest_prompt
+    per_layer = 8 * c.hidden_size + 4 * c.intermediate_size + 6 * c.num_attention_heads * c.head_dim
+    return 16 * n + (size * n if compute is not model else 0) + rows * config.max_new_tokens * kv + tokens * c.num_hidden_layers * per_layer * size + 2**28
+
+
+def main():
+    config, algorithm, given = parse_flags()
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    device = pick_device(config.device)
+    toy = config.model is None
+    name = "toy" if toy else os.path.basename(os.path.abspath(config.model))
+    config = replace(config, out=config.out or fresh_folder(os.path.join("runs", f"{name}-{algorithm.name}")))
+    if toy:
+        config = replace(config, **build_toy(os.path.join(config.out, "toy"), config.seed))
+
+    reward = load_reward(config.reward)
+    problems = read_problems(config.data, config.answer_format, config.answer_only_gold)
+    held_out = read_problems(config.eval_data, config.answer_format)[:config.eval_limit or None] if config.eval_data else []
+    shared = {str(p.question) for p in problems} & {str(p.question) for p in held_out}
+    if shared:
+        print(f"warning: {len(shared)} of the held-out questions stand in {config.data} too, first {next(iter(shared))[:60]!r}", file=sys.stderr)
+    tokenizer = load_tokenizer(config.model, config.answer_format, config.instruction)
+    positions = read_config(config.model).max_position_embeddings
+    complaints = prepare(problems, tokenizer, config.max_new_tokens, positions, reward=reward, correct_at=config.correct_at)
+    prepare(held_out, tokenizer, config.max_new_tokens, positions, reward=reward, correct_at=config.correct_at)
+    with_gold = sum(p.gold_ids is not None for p in problems)
+    if algorithm.train_on == "gold" and not with_gold:
+        raise InputError(f"--algo {config.algo} trains on gold, and {config.data} has none that can be used" + (f" ({complaints[0]})" if complaints else ""))
+    model = load_model(config.model, device)
+    compute = compute_copy(model, pick_dtype(config.dtype, device))
+
+    os.makedirs(config.out, exist_ok=True)
+    print(as_command(config, given))
+    n = sum(p.numel() for p in model.parameters())
+    memory = estimated_bytes(model, compute, config, max(len(p.prompt) for p in problems))
+    print(f"{name}: {model.config.model_type}, {n / 1e6:.2f} M parameters, {device}" + (f" ({torch.get_num_threads()} threads)" if device.type == "cpu" else "")
+          + f", {str(compute.norm.weight.dtype).removeprefix('torch.')}, about {memory / 2**30:.1f} GiB; "
+          + f"{len(problems)} problems, {with_gold} with gold; {len(held_out)} held out")
+    for line in complaints[:3]:
+        print(f"note: {line}; it trains without gold")
+    if len(complaints) > 3:
+        print(f"note: … and {len(complaints) - 3} more, {len(complaints)} in all")
+
+    files = {kind: open(os.path.join(config.out, f"{kind}.jsonl"), "x", encoding="utf-8") for kind in ("metrics", "samples")}
+
+    def log(kind, record):
+        record = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}  # JSON knows no NaN
+        files[kind].write(json.dumps(record, ensure_ascii=False) + "\n")
+        files[kind].flush()
+    with open(os.path.join(config.out, "run.json"), "w", encoding="utf-8") as f:
+        json.dump({"command": as_command(config, given), "config": asdict(config), "algorithm": asdict(algorithm), "parameters": n, "device": str(device),
+                   "dtype": str(compute.norm.weight.dtype), "threads": torch.get_num_threads(), "problems": len(problems), "with_gold": with_gold,
+                   "gold_not_used": complaints, "held_out": len(held_out), "python": platform.python_version(), "torch": torch.__version__,
+                   "tokenizers": tokenizers.__version__}, f, indent=2)
+
+    before, after = train(config, algorithm, model, compute, tokenizer, problems, held_out, reward, log)
+    if before:
+        k = config.eval_samples
+        print(f"held-out accuracy ({len(held_out)} problems, {'greedy' if k == 1 else f'{k} samples each'}): "
+              f"before {before['eval/mean']:.1%}, after {after['eval/mean']:.1%}")
+    print(f"model    {os.path.join(config.out, 'model')}\nmetrics  {os.path.join(config.out, 'metrics.jsonl')}   (python plot.py {config.out})\n"
+          f"samples  {os.path.join(config.out, 'samples.jsonl')}")
+    if toy:
+        other = "grpo" if algorithm.name != "grpo" else "gcpo"
+        print(f"next     python train.py --algo {other}        the same weights and budget, {'without' if other == 'grpo' else 'with'} gold\n"
+              f"         python train.py --model DIR --data FILE   your own model and problems")
+
+
+if __name__ == "__main__":
+    exit_on_input_error(main)
