@@ -60,7 +60,7 @@ class Group:
     @property
     def mask(self) -> Tensor:
         """(G, T) bool, from the lengths alone: an end token that equals the pad token still counts."""
-        return torch.arange(self.responses.shape[1]) < self.lengths[:, None]
+        return torch.arange(self.responses.shape[1], device=self.lengths.device) < self.lengths[:, None]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

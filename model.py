@@ -7,7 +7,7 @@ in the files, so loading is a copy by name.
 What is particular here is `past`. Attention is the one place where tokens see each other, so it is the one place that
 has to know how they are laid out: `model(tokens, past=f)` calls f(layer, q, k, v) in every layer in place of plain
 causal attention. Scoring uses it to run a prompt once and let every response of a group read its keys and values
-(`encode_prompt`, `score_responses`, below); the sampler uses it to keep a cache.
+(`encode_prompts`, `score_responses`, below); the sampler uses it to keep a cache.
 
 Letters: N rows, T positions, D width, H query heads, K key/value heads, d head size, V vocabulary; for a group
 G responses, P prompt length, T response length.
@@ -95,7 +95,7 @@ class ModelConfig:
 
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-SIZE_LIMITS = {"vocab_size": 2**22, "hidden_size": 2**17, "intermediate_size": 2**20, "num_hidden_layers": 1024,
+SIZE_LIMITS = {"sliding_window": 2**31, "vocab_size": 2**22, "hidden_size": 2**17, "intermediate_size": 2**20, "num_hidden_layers": 1024,
                "num_attention_heads": 2**12, "num_key_value_heads": 2**12, "head_dim": 2**12, "max_position_embeddings": 2**27}
 
 
@@ -106,7 +106,7 @@ def read_json(path: str):
             return json.load(f)
     except json.JSONDecodeError as e:
         raise InputError(f"{path}, line {e.lineno}: not valid JSON ({e.msg})") from None
-    except (OSError, UnicodeDecodeError, RecursionError) as e:
+    except (OSError, ValueError, RecursionError) as e:   # ValueError: not UTF-8, or a number of thousands of digits
         raise InputError(f"{path}: cannot be read ({getattr(e, 'strerror', None) or e})") from None
 
 
@@ -133,8 +133,14 @@ def read_config(folder: str) -> ModelConfig:
     if raw.get("hidden_act", "silu") != "silu":
         refuse(f"hidden_act {raw['hidden_act']!r} is not supported (supported: silu)")
 
+    def flag(name):
+        value = raw.get(name) or False
+        if not isinstance(value, bool):
+            refuse(f"{name} is {value!r}; expected true or false")
+        return value
+
     def size(name, default=None):
-        value = raw.get(name, default)
+        value = raw.get(name)
         value = default if value is None else value
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= SIZE_LIMITS[name]:
             refuse(f"{name} is {value!r}; expected a whole number from 1 to {SIZE_LIMITS[name]}")
@@ -142,20 +148,28 @@ def read_config(folder: str) -> ModelConfig:
 
     def number(where, name, default=None):
         value = where.get(name, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e300:
             refuse(f"{name} is {value!r}; expected a positive number")
         return float(value)
 
-    heads, width, positions = size("num_attention_heads"), size("hidden_size"), size("max_position_embeddings", 2048)
-    window = raw.get("sliding_window")
-    active = raw.get("use_sliding_window", False) if family.startswith("qwen") else window is not None
+    heads, width = size("num_attention_heads"), size("hidden_size")
+    positions = size("max_position_embeddings", {"llama": 2048, "mistral": 131072}.get(family, 32768))
+    # A window that is not named is 4096 in mistral, and in qwen where it is switched on.
+    if family == "mistral" or family.startswith("qwen") and flag("use_sliding_window"):
+        window = raw.get("sliding_window", 4096)
+        if window is not None and size("sliding_window", 4096) < positions:
+            refuse(f"an active sliding window ({window}) is not supported; set sliding_window to null if you mean full attention")
     layer_types = raw.get("layer_types") or []
-    if (active and window is not None and window < positions) or any(kind != "full_attention" for kind in layer_types):
-        refuse(f"an active sliding window ({window}) is not supported; set sliding_window to null if you mean full attention")
+    if not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types):
+        refuse("layer_types names other layers than full_attention, such as a sliding window; they are not supported")
 
-    rope = raw.get("rope_parameters") or {**(raw.get("rope_scaling") or {}), "rope_theta": raw.get("rope_theta", 10000.0)}
-    if not isinstance(rope, dict):
-        refuse("rope_parameters is not an object")
+    for name in ("rope_parameters", "rope_scaling"):
+        if not isinstance(raw.get(name) or {}, dict):
+            refuse(f"{name} is not an object")
+    # Files that mix the dialects exist: rope_theta may stand beside either.
+    rope = {"rope_theta": raw.get("rope_theta", 10000.0), **(raw.get("rope_scaling") or raw.get("rope_parameters") or {})}
+    if any(isinstance(value, dict) for value in rope.values()):
+        refuse("rope parameters that differ between layers are not supported")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         scaling = None
@@ -170,14 +184,15 @@ def read_config(folder: str) -> ModelConfig:
     if raw.get("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0)) != 1.0:
         refuse("partial_rotary_factor is not supported")
 
-    bias = bool(raw.get("attention_bias", False)) and family in ("llama", "qwen3")
+    bias = flag("attention_bias") and family in ("llama", "qwen3")
+    kv_heads = {"llama": heads, "mistral": 8}.get(family, 32) if "num_key_value_heads" not in raw else heads
     config = ModelConfig(
         model_type=family, vocab_size=size("vocab_size"), hidden_size=width, intermediate_size=size("intermediate_size"),
         num_hidden_layers=size("num_hidden_layers"), num_attention_heads=heads,
-        num_key_value_heads=size("num_key_value_heads", 8 if family == "mistral" else 32 if family.startswith("qwen") else heads),
+        num_key_value_heads=size("num_key_value_heads", kv_heads),
         head_dim=size("head_dim", 128 if family == "qwen3" else max(width // heads, 1)), max_position_embeddings=positions,
-        rms_norm_eps=number(raw, "rms_norm_eps", 1e-6), tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
-        qkv_bias=bias or family == "qwen2", out_bias=bias, mlp_bias=family == "llama" and bool(raw.get("mlp_bias", False)),
+        rms_norm_eps=number(raw, "rms_norm_eps", 1e-6), tie_word_embeddings=flag("tie_word_embeddings"),
+        qkv_bias=bias or family == "qwen2", out_bias=bias, mlp_bias=family == "llama" and flag("mlp_bias"),
         qk_norm=family == "qwen3", rope_theta=number(rope, "rope_theta", 10000.0), rope_scaling=scaling, raw=raw)
     if config.num_attention_heads % config.num_key_value_heads:
         refuse(f"{heads} query heads cannot share {config.num_key_value_heads} key/value heads")
@@ -317,55 +332,82 @@ class Transformer(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 # Log-probabilities of a group: the prompt runs once, the padding never, and logits never stand whole in memory
 
-def encode_prompt(model: Transformer, prompt: Tensor) -> list[Tensor]:
-    """Run prompt (P,) once. Returns [k_0, v_0, k_1, v_1, …, h]: every layer's keys and values (1, K, P, d), and the
-    hidden state of the last position (1, D), which predicts the first token of every response."""
-    kept = []
+def packing(lengths: Tensor, width: int):
+    """N ragged rows laid end to end, n tokens in all, so that no padding goes through the network.
+
+    lengths (N,), width at least their maximum. Returns rows (n,) and cols (n,), where each token stands in the padded
+    grid, and two functions: spread (1, heads, n, d) -> (N, heads, width, d), zeros in the padding, and pack, back."""
+    rows, cols = (torch.arange(width, device=lengths.device) < lengths[:, None]).nonzero(as_tuple=True)
+    place, N = rows * width + cols, len(lengths)
+
+    def spread(x):
+        grid = x.new_zeros(N * width, x.shape[1], x.shape[3]).index_copy(0, place, x[0].transpose(0, 1))
+        return grid.view(N, width, *grid.shape[1:]).transpose(1, 2)
+
+    def pack(x):
+        return x.transpose(1, 2).flatten(0, 1).index_select(0, place).transpose(0, 1)[None]
+    return rows, cols, spread, pack
+
+
+@dataclass
+class Prefix:
+    """What B prompts leave behind for their responses."""
+    lengths: Tensor         # (B,)
+    tensors: list[Tensor]   # k_0, v_0, k_1, v_1, …: each layer's keys and values (B, K, P, d), right-padded; and h (B, D),
+                            # the last position's hidden state, which predicts the first token of every response
+
+    def cut(self) -> "Prefix":
+        """The same values as leaves of a new graph, to collect gradients in."""
+        return Prefix(self.lengths, [x.detach().requires_grad_() for x in self.tensors])
+
+
+def encode_prompts(model: Transformer, prompts: list[Tensor]) -> Prefix:
+    """Run each prompt (P,) once."""
+    device, kept = model.norm.weight.device, []
+    lengths = torch.tensor([len(p) for p in prompts], device=device)
+    _, cols, spread, pack = packing(lengths, max(len(p) for p in prompts))
 
     def keep(layer, q, k, v):
+        q, k, v = spread(q), spread(k), spread(v)
         kept.extend((k, v))
-        return causal_attention(layer, q, k, v)
-    hidden = model(prompt[None], past=keep)              # (1, P, D)
-    return [*kept, hidden[:, -1]]
+        return pack(causal_attention(layer, q, k, v))   # padding stands at the end, where causal attention never looks
+    hidden = model(torch.cat(prompts).to(device)[None], past=keep, positions=cols[None])[0]     # (n, D)
+    return Prefix(lengths, [*kept, hidden[lengths.cumsum(0) - 1]])
 
 
-def score_responses(model: Transformer, prefix: list[Tensor], responses: Tensor, lengths: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Log-probability and entropy of every response token after a prompt that `encode_prompt` has run.
+def score_responses(model: Transformer, prefix: Prefix, owner: Tensor, responses: Tensor, lengths: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Log-probability and entropy of every response token after prompts that `encode_prompts` has run.
 
-    responses (G, T) right-padded, lengths (G,) at least 1. Returns logprobs (G, T) fp32, with gradient to the weights
-    and to `prefix`, and entropy (G, T) fp32 in nats, without; both 0 in the padding. The n real tokens go through the
-    network as one row; only inside attention do they stand in their (G, T) places.
-    """
-    *kv, last = prefix
-    (G, T), P = responses.shape, kv[0].shape[2]
-    device = last.device
-    steps = torch.arange(T, device=device)
-    # The token at (g, t) is predicted from the state at (g, t − 1), the first one from the prompt's last state.
-    rows, cols = (steps[:-1] < lengths[:, None] - 1).nonzero(as_tuple=True)         # (n,) each: tokens with a successor
-    hidden = last.expand(G, -1)
+    responses (N, T) right-padded, lengths (N,) at least 1, owner (N,) the prompt (0 … B − 1) that a row answers. Returns
+    logprobs (N, T) fp32, with gradient to the weights and to `prefix`, and entropy (N, T) fp32 in nats, without; both 0
+    in the padding. The real tokens go through the network as one row; only attention puts them in their places."""
+    *kv, last = prefix.tensors
+    (N, T), (B, _, P, _), device = responses.shape, kv[0].shape, last.device
+    # The token at (i, t) is predicted from the state at (i, t − 1), the first one from the prompt's last state.
+    rows, cols, spread, pack = packing(lengths - 1, T - 1)              # (n,) each: the tokens that have a successor
+    hidden = last[owner]                                                # (N, D)
     if len(rows):
-        place = rows * (T - 1) + cols                                               # (n,) in the flat (G, T − 1) grid
-        seen = torch.ones(T - 1, P + T - 1, dtype=torch.bool, device=device).tril(P)
-        bias = torch.zeros(seen.shape, dtype=last.dtype, device=device).masked_fill(~seen, float("-inf"))
-
-        def spread(x):                                                              # (1, heads, n, d) -> (G, heads, T − 1, d)
-            grid = x.new_zeros(G * (T - 1), x.shape[1], x.shape[3]).index_copy(0, place, x[0].transpose(0, 1))
-            return grid.view(G, T - 1, *grid.shape[1:]).transpose(1, 2)
+        absent = torch.arange(P, device=device) >= prefix.lengths[:, None]                              # (B, P)
+        later = torch.ones(T - 1, T - 1, dtype=torch.bool, device=device).triu(1)
+        hide = torch.cat([absent[:, None].expand(-1, T - 1, -1), later.expand(B, -1, -1)], dim=-1)      # (B, T − 1, P + T − 1)
+        bias = torch.zeros(hide.shape, dtype=last.dtype, device=device).masked_fill(hide, float("-inf"))
+        per_row = lambda x: x.expand(N, *x.shape[1:]) if B == 1 else x[owner]
+        # The H / K query heads that share a key head stand below each other, so that keys are not copied for them.
+        shared = model.config.num_attention_heads // model.config.num_key_value_heads
+        bias = per_row(bias.repeat(1, shared, 1)[:, None])
 
         def respond(layer, q, k, v):
-            q, k, v = spread(q), spread(k), spread(v)
-            k = torch.cat([kv[2 * layer].expand(G, -1, -1, -1), k], dim=2)          # (G, K, P + T − 1, d)
-            v = torch.cat([kv[2 * layer + 1].expand(G, -1, -1, -1), v], dim=2)
-            # The H / K query heads that share a key head stand below each other, so keys are not copied for them.
-            shared = q.shape[1] // k.shape[1]
-            folded = q.reshape(G, k.shape[1], shared * (T - 1), -1)
-            out = F.scaled_dot_product_attention(folded, k, v, attn_mask=bias.repeat(shared, 1)).view_as(q)
-            return out.transpose(1, 2).flatten(0, 1).index_select(0, place).transpose(0, 1)[None]   # (1, H, n, d)
-        hidden = torch.cat([hidden, model(responses[rows, cols][None], past=respond, positions=P + cols[None])[0]])
+            q = spread(q)                                                                               # (N, H, T − 1, d)
+            k = torch.cat([per_row(kv[2 * layer]), spread(k)], dim=2)                                   # (N, K, P + T − 1, d)
+            v = torch.cat([per_row(kv[2 * layer + 1]), spread(v)], dim=2)
+            folded = q.reshape(N, k.shape[1], shared * (T - 1), -1)
+            return pack(F.scaled_dot_product_attention(folded, k, v, attn_mask=bias).view_as(q))
+        positions = prefix.lengths[owner[rows]] + cols
+        hidden = torch.cat([hidden, model(responses[rows, cols][None], past=respond, positions=positions[None])[0]])
 
-    rows, cols = torch.cat([torch.arange(G, device=device), rows]), torch.cat([steps.new_zeros(G), cols + 1])
+    rows, cols = torch.cat([torch.arange(N, device=device), rows]), torch.cat([torch.zeros_like(owner), cols + 1])
     flat, flat_entropy = linear_logprobs(hidden, model.output_weight, responses[rows, cols], temperature)
-    grid = flat.new_zeros(G, T)
+    grid = flat.new_zeros(N, T)
     return grid.index_put((rows, cols), flat), grid.index_put((rows, cols), flat_entropy)
 
 
@@ -375,7 +417,7 @@ def token_logprobs(model: Transformer, prompt: Tensor, responses: Tensor, temper
     prompt (P,), responses (G, T), lengths (G,) or None for T each. Returns logprobs (G, T) fp32 and entropy (G, T)."""
     if lengths is None:
         lengths = torch.full((len(responses),), responses.shape[1], device=responses.device)
-    return score_responses(model, encode_prompt(model, prompt), responses, lengths, temperature)
+    return score_responses(model, encode_prompts(model, [prompt]), torch.zeros_like(lengths), responses, lengths, temperature)
 
 
 LOGITS_AT_ONCE = 2**24  # 64 MiB in fp32: enough for efficient products, little enough not to be noticed
@@ -448,7 +490,7 @@ def weight_files(folder: str) -> list[str]:
         if name != os.path.basename(name):
             raise InputError(f"{index}: shard {name!r} points outside the model folder")
         if not os.path.isfile(os.path.join(folder, name)):
-            raise InputError(f"{index}: shard {name} is missing")
+            raise InputError(f"{index}: shard {name!r} is missing")
     return [os.path.join(folder, name) for name in sorted(set(names.values()))]
 
 
@@ -468,10 +510,12 @@ def load_model(folder: str, device: str | torch.device = "cpu", dtype: torch.dty
                     if name in where:
                         raise InputError(f"{path}: tensor {name} stands in {os.path.basename(where[name])} as well")
                     if name not in wanted and name not in ignored and not name.endswith("rotary_emb.inv_freq"):
-                        raise InputError(f"{path}: unexpected tensor {name}; config.json describes another model")
+                        raise InputError(f"{path}: unexpected tensor {name!r}; config.json describes another model")
                     if name in wanted and list(wanted[name].shape) != list(shape):
                         raise InputError(f"{path}: {name} is {tuple(shape)}; config.json says {tuple(wanted[name].shape)}")
                     where[name] = path
+                    if name in ignored and list(shape) != list(wanted["model.embed_tokens.weight"].shape):
+                        raise InputError(f"{path}: {name} is {tuple(shape)}, and config.json says it is the embedding")
         except (SafetensorError, OSError) as e:
             raise InputError(f"{path}: not a readable safetensors file, perhaps cut short ({e})") from None
     missing = sorted(set(wanted) - set(where))
@@ -490,6 +534,10 @@ def load_model(folder: str, device: str | torch.device = "cpu", dtype: torch.dty
                     if not tensor.isfinite().all():
                         raise InputError(f"{path}: {name} holds NaN or infinite values")
                     wanted[name].copy_(tensor)
+    for name in ignored & set(where):
+        with safe_open(where[name], framework="pt") as f:
+            if not torch.equal(f.get_tensor(name).to(device, dtype), model.output_weight):
+                raise InputError(f"{where[name]}: {name} differs from the embedding, and config.json says tie_word_embeddings")
     return model
 
 

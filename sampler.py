@@ -20,7 +20,7 @@ import argparse
 import json
 import math
 import os
-from collections import Counter
+from collections import Counter, deque
 
 import numpy as np
 import torch
@@ -29,8 +29,9 @@ from tqdm import tqdm
 
 from data import Problem, Tokenizer, extract_answer, grade, grade_group, last_number, canonical, load_reward, load_tokenizer, prepare, read_problems
 from gcpo import Group
-from model import InputError, Transformer, encode_prompt, exit_on_input_error, load_model, pick_device, pick_dtype
+from model import InputError, Transformer, encode_prompts, exit_on_input_error, load_model, pick_device, pick_dtype
 
+PREFILL_TOKENS = 4096        # prompts that enter together run together, up to so many tokens
 CPU_CACHE_BYTES = 4 * 2**30  # a fixed budget, so that the same command always makes the same batches
 
 
@@ -119,20 +120,22 @@ class Batch:
         for row in range(rows.start, rows.stop):
             self.count[row] += 1
 
-    def prefill(self, owner: int, prompt: Tensor, uniforms: Tensor, select, stop_ids):
-        """Seat a prompt (P,): run it once and start its G rows with their first token."""
-        *kv, last = encode_prompt(self.model, prompt.to(self.device))
-        seat, P, rows = self.seats, len(prompt), slice(self.n, self.n + self.G)
-        for layer, (k, v) in enumerate(zip(kv[::2], kv[1::2])):              # (1, K, P, d) each
-            self.prompt_k[layer][seat, :, :, :P], self.prompt_v[layer][seat, :, :P] = k[0].transpose(1, 2), v[0]
-        self.seats, self.n = self.seats + 1, rows.stop
-        self.prompt_length[seat], self.seat[rows], self.place[rows] = P, seat, torch.arange(self.G, device=self.device)
+    def prefill(self, owners: list[int], prompts: list[Tensor], uniforms: Tensor, select, stop_ids):
+        """Seat prompts (P,) that wait: run each once, and start its G rows with their first token. uniforms (rows, T)."""
+        prefix = encode_prompts(self.model, prompts)
+        *kv, last = prefix.tensors
+        seats, rows = slice(self.seats, self.seats + len(prompts)), slice(self.n, self.n + len(uniforms))
+        for layer, (k, v) in enumerate(zip(kv[::2], kv[1::2])):              # (B, K, P, d) each
+            self.prompt_k[layer][seats, :, :, :k.shape[2]], self.prompt_v[layer][seats, :, :k.shape[2]] = k.transpose(2, 3), v
+        self.seats, self.n, self.prompt_length[seats] = seats.stop, rows.stop, prefix.lengths
+        self.seat[rows] = torch.arange(seats.start, seats.stop, device=self.device).repeat_interleave(self.G)
+        self.place[rows] = torch.arange(self.G, device=self.device).repeat(len(prompts))
         self.length[rows], self.ended[rows], self.uniforms[rows] = 0, False, uniforms.to(self.device)
-        self.owner += [(owner, g) for g in range(self.G)]
-        self.count += [0] * self.G
-        self.members.append(self.G)
-        self.prompt_lengths.append(P)
-        self.append(self.model.logits(last).expand(self.G, -1), rows, select, stop_ids)
+        self.owner += [(owner, g) for owner in owners for g in range(self.G)]
+        self.count += [0] * len(uniforms)
+        self.members += [self.G] * len(prompts)
+        self.prompt_lengths += [len(p) for p in prompts]
+        self.append(self.model.logits(last).repeat_interleave(self.G, dim=0), rows, select, stop_ids)
 
     def decode(self, select, stop_ids):
         """One more token for every row."""
@@ -234,21 +237,26 @@ def sample(model: Transformer, prompts: list[Tensor], group_size: int, max_new_t
         raise ValueError("sample: needs prompts of a token or more, group_size and max_new_tokens of 1 or more, temperature of 0 or more")
     longest = max(len(p) for p in prompts)
     rows = min(len(prompts), max(1, (max_rows or rows_that_fit(model, G, longest, max_new_tokens)) // G)) * G
-    batch = Batch(model, rows, rows // G, G, longest, max_new_tokens)
+    seats = rows // G
+    batch = Batch(model, rows, seats, G, longest, max_new_tokens)
     stops = torch.tensor(sorted(stop_ids), device=batch.device)
     select = lambda logits, u: choose(logits, u, temperature, top_p, top_k)
     check_every = 1 if batch.device.type == "cpu" else 16  # asking a GPU whether a row has ended makes it wait for us
     responses = [[None] * G for _ in prompts]              # (tokens, logprobs, finished) of each row, once it has ended
-    waiting, seen = iter(range(len(prompts))), Counter()
-    upcoming = next(waiting, None)
+    waiting, seen = deque(range(len(prompts))), Counter()
 
-    while batch.n or upcoming is not None:
-        while upcoming is not None and batch.n + G <= rows and batch.seats < rows // G:
-            generator = prompt_generator(seed, ids[upcoming], seen[ids[upcoming]])
-            seen[ids[upcoming]] += 1
-            uniforms = torch.rand(G, max_new_tokens, generator=generator, dtype=torch.float64)  # row g does not depend on G
-            batch.prefill(upcoming, prompts[upcoming], uniforms, select, stops)
-            upcoming = next(waiting, None)
+    while batch.n or waiting:
+        while waiting and batch.n + G <= rows and batch.seats < seats:
+            entering, tokens = [], 0
+            while waiting and len(entering) < min((rows - batch.n) // G, seats - batch.seats) and (not entering or tokens + len(prompts[waiting[0]]) <= PREFILL_TOKENS):
+                entering.append(waiting.popleft())
+                tokens += len(prompts[entering[-1]])
+            uniforms = []
+            for i in entering:
+                generator = prompt_generator(seed, ids[i], seen[ids[i]])
+                uniforms.append(torch.rand(G, max_new_tokens, generator=generator, dtype=torch.float64))  # row g does not depend on G
+                seen[ids[i]] += 1
+            batch.prefill(entering, [prompts[i] for i in entering], torch.cat(uniforms), select, stops)
 
         for _ in range(min(check_every, max_new_tokens - max(batch.count))):
             batch.decode(select, stops)

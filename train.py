@@ -29,8 +29,8 @@ from tqdm import tqdm
 
 from data import Problem, Tokenizer, grade_group, load_reward, load_tokenizer, prepare, read_problems
 from gcpo import ALGORITHMS, Algorithm, Group, gold_group, group_advantages, policy_loss, substitute_gold, switch
-from model import (InputError, Transformer, encode_prompt, exit_on_input_error, load_model, pick_device, pick_dtype, read_config, save_model,
-                   score_responses, token_logprobs)
+from model import (InputError, Transformer, encode_prompts, exit_on_input_error, load_model, pick_device, pick_dtype, read_config, save_model,
+                   score_responses)
 from sampler import evaluate, prompt_generator, rows_that_fit, sample
 
 
@@ -67,7 +67,7 @@ class Config:
     dtype: str = switch("auto", "of the compute; auto: bfloat16 where it is faster and precise enough", ("auto", "float32", "bfloat16"))
     threads: int = switch(0, "CPU threads; 0: PyTorch's choice")
     rows: int = switch(0, "rows sampled at a time; 0: what fits in memory, at most 256")
-    rows_per_pass: int = switch(0, "rows of a group in one backward pass; 0: all (lower it if memory runs out)")
+    rows_per_pass: int = switch(0, "rows that go through an update together: part of a group, or several groups; 0: one group")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -115,31 +115,65 @@ class Item:
         return bool((self.advantages != 0).any())
 
 
-def backward(compute: Transformer, item: Item, algorithm: Algorithm, config: Config, total_rows: int, total_tokens: int) -> Counter:
-    """Add one group's gradient to the weights'. Returns sums for the metrics.
+def passes(items: list[Item], config: Config) -> list[list[Item]]:
+    """Whole groups that go through the network together: as many as `rows_per_pass` holds, and at least one."""
+    size = max(1, config.rows_per_pass // max(len(i.group.lengths) for i in items)) if items else 1
+    return [items[i:i + size] for i in range(0, len(items), size)]
 
-    The prompt's keys, values and last state are cut from its graph and made leaves. The responses then go through in
-    passes of `rows_per_pass`, each leaving its gradient in the leaves, and one backward through the prompt follows: the
-    gradient is that of a single pass, the memory that of a few rows."""
-    group, device = item.group, compute.norm.weight.device
-    prefix = encode_prompt(compute, group.prompt.to(device))
-    leaves = [x.detach().requires_grad_() for x in prefix]
+
+def row_passes(items: list[Item], config: Config, device: torch.device):
+    """The rows of some groups, below each other, `rows_per_pass` at a time, on the device: tensors (N, T) and (N,) by name.
+    `owner` is the group a row belongs to."""
+    def table(xs):
+        width = max(x.shape[1] for x in xs)
+        return torch.cat([torch.nn.functional.pad(x, (0, width - x.shape[1])) for x in xs])
+    groups = [i.group for i in items]
+    rows = {name: torch.cat([getattr(g, name) for g in groups]) for name in ("lengths", "is_gold")}
+    rows |= {name: table([getattr(g, name) for g in groups]) for name in ("responses", "logprobs", "mask")}
+    rows |= {name: table([getattr(i, name) for i in items]) for name in ("old_logprobs", "ref_logprobs") if getattr(items[0], name) is not None}
+    rows["advantages"] = torch.cat([i.advantages for i in items])
+    rows["owner"] = torch.arange(len(items)).repeat_interleave(torch.tensor([len(g.lengths) for g in groups]))
+    for part in torch.arange(len(rows["lengths"])).split(config.rows_per_pass or len(rows["lengths"])):
+        width = int(rows["lengths"][part].max())
+        yield {name: (x[part] if x.dim() == 1 else x[part, :width]).to(device) for name, x in rows.items()}
+
+
+def backward(compute: Transformer, items: list[Item], algorithm: Algorithm, config: Config, total_rows: int, total_tokens: int) -> Counter:
+    """Add the gradient of one pass, some whole groups, to the weights'. Returns sums for the metrics.
+
+    The prompts' keys, values and last states are cut from their graph and made leaves. If a group has more than
+    `rows_per_pass` rows, they go through a few at a time, each time leaving their gradient in the leaves; one backward
+    through the prompts follows. The gradient is that of a single pass, the memory that of a few rows."""
+    prefix = encode_prompts(compute, [i.group.prompt for i in items])
+    leaves = prefix.cut()
     sums = Counter()
-    for rows in torch.arange(len(group.lengths)).split(config.rows_per_pass or len(group.lengths)):
-        T = int(group.lengths[rows].max())
-        part = lambda x: None if x is None else x[rows][:, :T].to(device)       # these rows of a (G, T) tensor
-        mask, is_gold = part(group.mask), group.is_gold[rows].to(device)
-        logprobs, entropy = score_responses(compute, leaves, part(group.responses), group.lengths[rows].to(device), config.temperature)
-        old = logprobs.detach() if item.old_logprobs is None else part(item.old_logprobs)
-        loss, part_sums = policy_loss(
-            logprobs, old, item.advantages[rows].to(device), mask, algorithm, total_rows=total_rows, total_tokens=total_tokens,
-            max_new_tokens=config.max_new_tokens, is_gold=is_gold, ref_logprobs=part(item.ref_logprobs))
+    for rows in row_passes(items, config, compute.norm.weight.device):
+        mask, is_gold = rows["mask"], rows["is_gold"]
+        logprobs, entropy = score_responses(compute, leaves, rows["owner"], rows["responses"], rows["lengths"], config.temperature)
+        old = rows.get("old_logprobs", logprobs.detach())
+        loss, part = policy_loss(logprobs, old, rows["advantages"], mask, algorithm, total_rows=total_rows, total_tokens=total_tokens,
+                                 max_new_tokens=config.max_new_tokens, is_gold=is_gold, ref_logprobs=rows.get("ref_logprobs"))
         loss.backward()
         policy = mask & ~is_gold[:, None]
-        part_sums |= {"loss": loss.detach(), "entropy": entropy[policy].sum(), "mismatch": (part(group.logprobs) - old)[policy].abs().sum()}
-        sums.update({name: float(value) for name, value in part_sums.items()})
-    torch.autograd.backward(prefix, [torch.zeros_like(x) if x.grad is None else x.grad for x in leaves])
+        part |= {"loss": loss.detach(), "entropy": entropy[policy].sum(), "mismatch": (rows["logprobs"] - old)[policy].abs().sum()}
+        sums.update(dict(zip(part, torch.stack([x.double() for x in part.values()]).tolist())))
+    torch.autograd.backward(prefix.tensors, [torch.zeros_like(x) if x.grad is None else x.grad for x in leaves.tensors])
     return sums
+
+
+@torch.no_grad()
+def score(policy: Transformer, items: list[Item], config: Config, temperature: float) -> list[torch.Tensor]:
+    """The trainer's logprobs (G, T) of each group, on the CPU, without gradient."""
+    scores = []
+    for batch in passes(items, config):
+        prefix = encode_prompts(policy, [i.group.prompt for i in batch])
+        logprobs = [row for rows in row_passes(batch, config, policy.norm.weight.device)
+                    for row in score_responses(policy, prefix, rows["owner"], rows["responses"], rows["lengths"], temperature)[0].cpu()]
+        for item in batch:
+            G, T = item.group.responses.shape
+            scores.append(torch.stack([torch.nn.functional.pad(row, (0, max(0, T - len(row))))[:T] for row in logprobs[:G]]))
+            logprobs = logprobs[G:]
+    return scores
 
 
 def update(model: Transformer, compute: Transformer, optimizer, items: list[Item], algorithm: Algorithm, config: Config) -> tuple[Counter, float | None]:
@@ -150,9 +184,8 @@ def update(model: Transformer, compute: Transformer, optimizer, items: list[Item
     total_rows = sum(len(i.group.lengths) for i in items)
     total_tokens = sum(int(i.group.lengths.sum()) for i in items)
     sums = Counter()
-    for item in items:
-        if item.has_contrast:
-            sums.update(backward(compute, item, algorithm, config, total_rows, total_tokens))
+    for batch in passes([i for i in items if i.has_contrast], config):
+        sums.update(backward(compute, batch, algorithm, config, total_rows, total_tokens))
     if not sums:
         return sums, None
     grad_norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm))
@@ -194,11 +227,12 @@ def train(config: Config, algorithm: Algorithm, model: Transformer, compute: Tra
         sampled = time.perf_counter()
 
         minibatches = [items[len(items) * i // config.updates:len(items) * (i + 1) // config.updates] for i in range(config.updates)]
-        for batch in minibatches[1:] if algorithm.train_on == "rollouts" else []:
-            for item in batch:                                                  # π_old, before the first update moves the weights
-                item.old_logprobs = score(compute, item, config.temperature) if item.has_contrast else None
-        for item in items if reference else []:
-            item.ref_logprobs = score(reference, item, config.temperature) if item.has_contrast else None
+        live = [i for i in items if i.has_contrast]
+        later = [i for batch in minibatches[1:] for i in batch if i.has_contrast] if algorithm.train_on == "rollouts" else []
+        for item, logprobs in zip(later, score(compute, later, config, config.temperature)):
+            item.old_logprobs = logprobs                                        # π_old, before the first update moves the weights
+        for item, logprobs in zip(live, score(reference, live, config, config.temperature) if reference else []):
+            item.ref_logprobs = logprobs
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config)
         sums, norms = Counter(), []
@@ -241,13 +275,6 @@ def learning_rate(step: int, config: Config) -> float:
     return config.lr * (1 - (1 - config.lr_end) * done)
 
 
-@torch.no_grad()
-def score(policy: Transformer, item: Item, temperature: float) -> torch.Tensor:
-    """The trainer's logprobs (G, T) of a group, on the CPU, without gradient."""
-    device, group = policy.norm.weight.device, item.group
-    return token_logprobs(policy, group.prompt.to(device), group.responses.to(device), temperature, group.lengths.to(device))[0].cpu()
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # What is written down
 
@@ -264,7 +291,7 @@ def evaluation(compute: Transformer, held_out: list[Problem], tokenizer: Tokeniz
     metrics, _ = evaluate(compute, held_out, tokenizer, config.eval_samples, config.max_new_tokens, temperature=float(config.eval_samples > 1),
                           seed=config.seed, max_rows=config.rows or None, reward=reward, correct_at=config.correct_at, progress="evaluating")
     golds = [Item(p, gold_group(p.prompt, p.gold_ids), torch.ones(1)) for p in held_out if p.gold_ids is not None]
-    metrics["gold_logprob"] = mean(score(compute, item, 1.0).mean() for item in golds)
+    metrics["gold_logprob"] = mean(logprobs.mean() for logprobs in score(compute, golds, config, 1.0))
     return {**{f"eval/{name}": value for name, value in metrics.items()}, "time/eval": time.perf_counter() - began}
 
 
@@ -315,7 +342,7 @@ def sample_record(step: int, items: list[Item], tokenizer: Tokenizer) -> dict:
 
 # A model with random weights that never solves a problem, and problems a rollout cannot solve by luck: 1 of 10,000.
 TOY = dict(steps=300, prompts=32, group_size=4, max_new_tokens=30, updates=2, lr=2.5e-3, lr_end=0.05, warmup=10, eval_every=25, eval_limit=0,
-           instruction="", dtype="float32", threads=1)
+           instruction="", dtype="float32", threads=1, rows_per_pass=64)
 TOY_NAMES = ("Ann", "Ben", "Eva", "Ian", "Kim", "Leo", "Mia", "Sam")
 TOY_HELD_OUT = 256
 
