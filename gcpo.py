@@ -227,7 +227,7 @@ def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask
     if algorithm.gold_shape == "ratio":
         p = log_ratio(logprobs, old_logprobs, mask, "token").exp()
         ratio, gold_high = torch.where(gold, p / (p + SHAPE_GAMMA), ratio), float("inf")
-    low = torch.full_like(advantage, 1 - algorithm.clip_low)
+    low = torch.where(gold, 0.0, torch.full_like(advantage, 1 - algorithm.clip_low))                    # gold: upper clip only
     high = torch.where(gold, gold_high, torch.full_like(advantage, 1 + algorithm.clip_high))
     objective = torch.minimum(ratio * advantage, ratio.clamp(low, high) * advantage)                    # (G, T)
 
