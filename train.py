@@ -10,6 +10,7 @@ gradients are added up in fp32 on the weights themselves, and it is refreshed af
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -340,14 +341,14 @@ def sample_record(step: int, items: list[Item], tokenizer: Tokenizer) -> dict:
 # ---------------------------------------------------------------------------------------------------------------------
 # The toy
 
-# A model with random weights that never solves a problem, and problems a rollout cannot solve by luck: 1 of 10,000.
-TOY = dict(steps=300, prompts=32, group_size=4, max_new_tokens=30, updates=2, lr=2.5e-3, lr_end=0.05, warmup=10, eval_every=25, eval_limit=0,
+# A model with random weights that never solves a problem, and problems that luck does not solve: an answer is one of 1,000.
+TOY = dict(steps=300, prompts=32, group_size=4, max_new_tokens=24, updates=2, lr=2.5e-3, lr_end=0.05, warmup=10, eval_every=25, eval_limit=0,
            instruction="", dtype="float32", threads=1, rows_per_pass=64)
 TOY_NAMES = ("Ann", "Ben", "Eva", "Ian", "Kim", "Leo", "Mia", "Sam")
-TOY_HELD_OUT = 256
+TOY_HELD_OUT = 229  # of 729 locks
 
 
-def toy_problem(name: str, digits: tuple[int, int, int, int]) -> dict:
+def toy_problem(name: str, digits: tuple[int, ...]) -> dict:
     first, *addends = digits
     code, lines = [first], []
     for a in addends:
@@ -360,13 +361,13 @@ def toy_problem(name: str, digits: tuple[int, int, int, int]) -> dict:
 def build_toy(folder: str, seed: int) -> dict:
     """Write the toy's model folder, train.jsonl and held_out.jsonl, all following from `seed`. Returns their paths as settings."""
     rng = random.Random(seed)
-    locks = [(a, b, c, d) for a in range(1, 10) for b in range(1, 10) for c in range(1, 10) for d in range(1, 10)]
+    locks = list(itertools.product(range(1, 10), repeat=3))
     rng.shuffle(locks)  # the held-out locks never stand in the train file, under no name
     held_out = [toy_problem(rng.choice(TOY_NAMES), lock) for lock in locks[:TOY_HELD_OUT]]
     problems = [toy_problem(name, lock) for lock in locks[TOY_HELD_OUT:] for name in TOY_NAMES]
     rng.shuffle(problems)
     os.makedirs(folder)
-    for name, records in (("train.jsonl", problems[:10_000]), ("held_out.jsonl", held_out)):
+    for name, records in (("train.jsonl", problems), ("held_out.jsonl", held_out)):
         with open(os.path.join(folder, name), "w", encoding="utf-8") as f:
             f.writelines(json.dumps(r) + "\n" for r in records)
 
@@ -496,6 +497,21 @@ def estimated_bytes(model: Transformer, compute: Transformer, config: Config, lo
     return 16 * n + (size * n if compute is not model else 0) + rows * config.max_new_tokens * kv + tokens * c.num_hidden_layers * per_layer * size + 2**28
 
 
+def read_all(config: Config, algorithm: Algorithm, device: torch.device):
+    """Everything the run needs, checked before anything is written: reward, problems, held-out problems, lines about golds
+    that cannot be used, tokenizer, model."""
+    reward = load_reward(config.reward)
+    positions = read_config(config.model).max_position_embeddings
+    problems = read_problems(config.data, config.answer_format, config.answer_only_gold)
+    held_out = read_problems(config.eval_data, config.answer_format)[:config.eval_limit or None] if config.eval_data else []
+    tokenizer = load_tokenizer(config.model, config.answer_format, config.instruction)
+    complaints = prepare(problems, tokenizer, config.max_new_tokens, positions, reward=reward, correct_at=config.correct_at)
+    prepare(held_out, tokenizer, config.max_new_tokens, positions, reward=reward, correct_at=config.correct_at)
+    if algorithm.train_on == "gold" and not any(p.gold_ids is not None for p in problems):
+        raise InputError(f"--algo {config.algo} trains on gold, and {config.data} has none that can be used" + (f" ({complaints[0]})" if complaints else ""))
+    return reward, problems, held_out, complaints, tokenizer, load_model(config.model, device)
+
+
 def main():
     config, algorithm, given = parse_flags()
     if config.threads:
@@ -506,22 +522,16 @@ def main():
     config = replace(config, out=config.out or fresh_folder(os.path.join("runs", f"{name}-{algorithm.name}")))
     if toy:
         config = replace(config, **build_toy(os.path.join(config.out, "toy"), config.seed))
-
-    reward = load_reward(config.reward)
-    problems = read_problems(config.data, config.answer_format, config.answer_only_gold)
-    held_out = read_problems(config.eval_data, config.answer_format)[:config.eval_limit or None] if config.eval_data else []
-    shared = {str(p.question) for p in problems} & {str(p.question) for p in held_out}
-    if shared:
-        print(f"warning: {len(shared)} of the held-out questions stand in {config.data} too, first {next(iter(shared))[:60]!r}", file=sys.stderr)
-    tokenizer = load_tokenizer(config.model, config.answer_format, config.instruction)
-    positions = read_config(config.model).max_position_embeddings
-    complaints = prepare(problems, tokenizer, config.max_new_tokens, positions, reward=reward, correct_at=config.correct_at)
-    prepare(held_out, tokenizer, config.max_new_tokens, positions, reward=reward, correct_at=config.correct_at)
-    with_gold = sum(p.gold_ids is not None for p in problems)
-    if algorithm.train_on == "gold" and not with_gold:
-        raise InputError(f"--algo {config.algo} trains on gold, and {config.data} has none that can be used" + (f" ({complaints[0]})" if complaints else ""))
-    model = load_model(config.model, device)
+    try:
+        reward, problems, held_out, complaints, tokenizer, model = read_all(config, algorithm, device)
+    except InputError:
+        if toy:
+            shutil.rmtree(config.out)
+        raise
     compute = compute_copy(model, pick_dtype(config.dtype, device))
+    with_gold = sum(p.gold_ids is not None for p in problems)
+    if shared := {str(p.question) for p in problems} & {str(p.question) for p in held_out}:
+        print(f"warning: {len(shared)} of the held-out questions stand in {config.data} too, one is {min(shared)[:60]!r}", file=sys.stderr)
 
     os.makedirs(config.out, exist_ok=True)
     print(as_command(config, given))

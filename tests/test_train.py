@@ -1,0 +1,288 @@
+"""train.py: whole runs on the toy, what they write, and what they refuse."""
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train
+from data import grade, load_tokenizer, prepare, read_problems
+from gcpo import ALGORITHMS, Group
+from model import InputError, load_model, save_model, token_logprobs
+from train import TOY, Config, Item, batch_indices, build_toy, compute_copy, learning_rate, refresh, rollout_metrics, update_metrics
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+SHORT = ["--steps", "2", "--prompts", "4", "--eval-limit", "8", "--max-new-tokens", "24"]
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    """The toy's files, as settings."""
+    return build_toy(str(tmp_path_factory.mktemp("toy") / "toy"), seed=0)
+
+
+def run(*flags):
+    """train.py in this process. Returns the folder it wrote."""
+    out = flags[flags.index("--out") + 1]
+    threads, argv = torch.get_num_threads(), sys.argv
+    try:
+        sys.argv = ["train.py", *map(str, flags)]
+        train.main()
+    finally:
+        sys.argv = argv
+        torch.set_num_threads(threads)
+    return out
+
+
+def on_toy(toy, out, *flags):
+    return run("--model", toy["model"], "--data", toy["data"], "--eval-data", toy["eval_data"], "--instruction", "", "--dtype", "float32",
+               "--group-size", "4", "--out", str(out), *SHORT, *flags)
+
+
+def metrics_of(out):
+    with open(os.path.join(out, "metrics.jsonl")) as f:
+        return [json.loads(line) for line in f]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The toy
+
+def test_toy_problems_are_right_and_held_out_ones_are_new(toy):
+    """Forbids a toy whose golds are wrong or cannot be written in its tokens, and held-out problems that were trained on."""
+    problems, held_out = read_problems(toy["data"]), read_problems(toy["eval_data"])
+    assert len(problems) == 4_000 and len(held_out) >= 200
+    assert prepare(problems, load_tokenizer(toy["model"], instruction=""), 24, 128) == []
+    assert all(grade(p.gold, p.answer) for p in problems + held_out)
+    lock = lambda p: "".join(c for c in p.question if c.isdigit())
+    assert not {lock(p) for p in problems} & {lock(p) for p in held_out}
+    first, *addends = map(int, lock(held_out[0]))
+    digits = [first]
+    for a in addends:
+        digits.append((digits[-1] + a) % 10)
+    assert held_out[0].answer == "".join(map(str, digits))
+
+
+def test_toy_follows_from_its_seed(toy, tmp_path):
+    """Forbids arms of a comparison that start from different weights or data."""
+    again, other = build_toy(str(tmp_path / "a"), seed=0), build_toy(str(tmp_path / "b"), seed=1)
+    for name in ("data", "eval_data"):
+        same = [open(where[name]).read() for where in (toy, again, other)]
+        assert same[0] == same[1] != same[2]
+    weights = [load_file(os.path.join(where["model"], "model.safetensors"))["model.norm.weight"] for where in (toy, again)]
+    assert torch.equal(*weights)
+
+
+def test_grpo_takes_no_step_where_gcpo_does(toy, tmp_path):
+    """Forbids a toy that shows something else than it claims: from random weights every group is all wrong, so GRPO
+    leaves the weights as they are, to the bit, and GCPO does not."""
+    start = load_model(toy["model"])
+    for algo, stays in (("grpo", True), ("gcpo", False), ("sft", False)):
+        out = on_toy(toy, tmp_path / algo, "--algo", algo)
+        trained = load_model(os.path.join(out, "model"))
+        assert all(torch.equal(a, b) for a, b in zip(start.parameters(), trained.parameters())) == stays
+        last = metrics_of(out)[-1]
+        assert last["update/skipped"] == float(stays) and last["gold/share"] == float(not stays)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a run writes
+
+def test_a_run_leaves_a_whole_folder(toy, tmp_path):
+    """Forbids lost steps, half lines, groups that cannot be read, and a trained folder that transformers cannot load or
+    that gives other logits."""
+    out = on_toy(toy, tmp_path / "run", "--save-every", "1", "--updates", "2", "--eval-every", "1", "--eval-samples", "2")
+    rows = metrics_of(out)
+    assert [r["step"] for r in rows] == [0, 1, 2] and all("eval/mean" in r and "eval/pass@2" in r for r in rows)
+    samples = [json.loads(line) for line in open(os.path.join(out, "samples.jsonl"))]
+    assert [s["step"] for s in samples] == [1, 2] and all(len(s["responses"]) == 4 for s in samples)
+    gold = [r for s in samples for r in s["responses"] if r["is_gold"]]
+    assert len(gold) == 2 and all(r["correct"] and r["advantage"] > 0 for r in gold)
+    record = json.load(open(os.path.join(out, "run.json")))
+    assert record["algorithm"]["name"] == "gcpo" and record["config"]["updates"] == 2 and record["with_gold"] == 4_000
+    assert sorted(os.listdir(out)) == ["metrics.jsonl", "model", "run.json", "samples.jsonl", "step-1"]
+
+    transformers = pytest.importorskip("transformers")
+    theirs, ours = transformers.AutoModelForCausalLM.from_pretrained(os.path.join(out, "model")).float(), load_model(os.path.join(out, "model"))
+    tokens = torch.randint(0, ours.config.vocab_size, (2, 30), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.allclose(theirs(tokens).logits, ours.logits(ours(tokens)), atol=1e-5)
+    assert transformers.AutoTokenizer.from_pretrained(os.path.join(out, "model")).eos_token == "<end>"
+
+
+def test_the_same_command_gives_the_same_bits(toy, tmp_path):
+    """Forbids random state outside the seeds."""
+    def one(name, *flags):
+        out = on_toy(toy, tmp_path / name, "--threads", "1", "--updates", "2", *flags)
+        return [{k: v for k, v in r.items() if not k.startswith("time/")} for r in metrics_of(out)], load_file(os.path.join(out, "model", "model.safetensors"))
+    (rows_a, weights_a), (rows_b, weights_b), (rows_c, _) = one("a"), one("b"), one("c", "--seed", "1")
+    assert rows_a == rows_b and all(torch.equal(weights_a[n], weights_b[n]) for n in weights_a)
+    assert rows_a != rows_c
+
+
+def test_resolved_settings_are_one_command(toy, tmp_path, capsys):
+    """Forbids a printed command that is another run: parsed again, it gives the same settings and switches."""
+    out = on_toy(toy, tmp_path / "run", "--gold-slot", "longest", "--gold-clip", "none")
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("python train.py"))
+    import shlex
+    words = shlex.split(line)[2:]
+    words[words.index("--out") + 1] = str(tmp_path / "other")
+    config, algorithm, _ = train.parse_flags(words)
+    record = json.load(open(os.path.join(out, "run.json")))
+    assert {**record["config"], "out": None} == {**config.__dict__, "out": None}
+    assert record["algorithm"] == algorithm.__dict__
+
+
+@pytest.mark.parametrize("flags", [["--kl-coef", "0.1"], ["--algo", "luffy", "--updates", "2"], ["--algo", "dapo", "--rows-per-pass", "3"],
+                                   ["--gold-when", "always", "--dtype", "bfloat16"]])
+def test_other_settings_run(toy, tmp_path, flags):
+    """Forbids a switch that breaks the loop: finite losses and gradients for each."""
+    last = metrics_of(on_toy(toy, tmp_path / "run", *flags))[-1]
+    assert last["update/not_finite"] == 0 and (last["update/skipped"] == 1 or last["update/grad_norm"] > 0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pieces of the loop
+
+def test_every_problem_is_trained_on_once_a_pass():
+    """Forbids remainder problems dropped or repeated (22), and an order that is the same in every pass: five passes over
+    7 problems in steps of 4 or of 20."""
+    for prompts in (4, 20):
+        config = Config(prompts=prompts)
+        stream = [i for step in range(-(-35 // prompts)) for i in batch_indices(7, step, config)][:35]
+        passes = [stream[i:i + 7] for i in range(0, 35, 7)]
+        assert all(sorted(p) == list(range(7)) for p in passes) and len({tuple(p) for p in passes}) > 1
+
+
+def test_learning_rate_warms_up_and_falls():
+    """Forbids a first step at rate 0 and a last one that misses lr_end."""
+    config = Config(lr=1.0, lr_end=0.1, warmup=4, steps=14)
+    rates = [learning_rate(step, config) for step in range(14)]
+    assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0] and rates[-1] == pytest.approx(0.1) and rates[4:] == sorted(rates[4:], reverse=True)
+
+
+def test_bf16_copy_leaves_its_gradients_on_the_fp32_weights(toy):
+    """Forbids bf16 master weights (9): gradients of two passes add up in fp32 on the weights, the copy keeps none, and
+    after a step the copy is the rounded weights again."""
+    model = load_model(toy["model"])
+    copy = compute_copy(model, torch.bfloat16)
+    prompt, responses = torch.tensor([3, 4, 5]), torch.tensor([[6, 7, 8], [9, 10, 11]])
+    for _ in range(2):
+        token_logprobs(copy, prompt, responses)[0].sum().backward()
+    assert all(p.grad is None for p in copy.parameters()) and all(p.grad.dtype == p.dtype == torch.float32 for p in model.parameters())
+    twice = torch.cat([p.grad.flatten() for p in model.parameters()])
+    model.zero_grad()
+    token_logprobs(model, prompt, responses)[0].sum().backward()
+    exact = torch.cat([p.grad.flatten() for p in model.parameters()])
+    assert torch.nn.functional.cosine_similarity(twice, exact, dim=0) > 0.999 and abs(twice.norm() / exact.norm() - 2) < 0.02
+    with torch.no_grad():
+        model.norm.weight += 1.0
+    refresh(copy, model)
+    assert all(torch.equal(a, b.bfloat16()) for a, b in zip(copy.parameters(), model.parameters()))
+
+
+def test_rollout_metrics_of_hand_made_groups():
+    """Forbids metrics averaged over the wrong thing (17): gold does not count as a success of the policy."""
+    def group(correct, gold=False):
+        correct = torch.tensor(correct)
+        return Group(torch.tensor([1]), torch.zeros(2, 4, dtype=torch.long), torch.tensor([2, 4]), torch.tensor([True, False]), torch.zeros(2, 4), correct,
+                     correct.float(), torch.tensor([gold, False]))
+    rollouts = [group([False, False]), group([True, False]), group([True, True]), group([False, False])]
+    items = [Item(None, g, torch.zeros(2)) for g in (group([True, False], gold=True), *rollouts[1:])]
+    assert rollout_metrics(rollouts, items) == {
+        "gold/share": 0.25, "reward/mean": 0.375, "reward/correct": 0.375, "groups/all_wrong": 0.5, "groups/mixed": 0.25, "groups/all_right": 0.25,
+        "length/mean": 3.0, "length/truncated": 0.5}
+    sums = Counter(loss=0.5, policy_tokens=10, policy_ratio=11, policy_clipped=2, gold_tokens=4, gold_logprob=-8, gold_ratio=5, gold_clipped=1, mismatch=1)
+    metrics = update_metrics(sums, [2.0, None])
+    assert (metrics["policy/ratio"], metrics["policy/clip_fraction"], metrics["gold/logprob"], metrics["gold/clip_fraction"], metrics["sampler/mismatch"],
+            metrics["update/grad_norm"], metrics["update/skipped"], metrics["update/loss"]) == (1.1, 0.2, -2.0, 0.25, 0.1, 2.0, 0.5, 0.25)
+
+
+def test_several_updates_of_a_sequence_ratio_default_to_fp32():
+    """Forbids a clip range below the rounding noise of bf16, which would clip nearly every sequence by rounding alone."""
+    files = ["--model", "m", "--data", "d"]
+    dtype = lambda *flags: train.parse_flags([*files, *flags])[0].dtype
+    assert dtype() == "auto" and dtype("--updates", "2") == "float32"
+    assert dtype("--updates", "2", "--algo", "grpo") == "auto" and dtype("--updates", "2", "--clip-low", "0.1", "--clip-high", "0.1") == "auto"
+
+
+def test_save_replaces_a_folder_whole(toy, tmp_path):
+    """Forbids a model folder that mixes two models, or leftovers beside it."""
+    model, folder = load_model(toy["model"]), str(tmp_path / "model")
+    save_model(model, folder, toy["model"])
+    with torch.no_grad():
+        model.norm.weight += 1.0
+    save_model(model, folder, toy["model"])
+    assert torch.equal(load_model(folder).norm.weight, model.norm.weight) and os.listdir(tmp_path) == ["model"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a run refuses
+
+@pytest.mark.parametrize("flags, words", [
+    (["--model", "{model}"], "--data is missing"), (["--data", "{data}"], "--model is missing"), (["--eval-data", "{data}"], "--eval-data needs"),
+    (["--model", "/nowhere", "--data", "{data}"], "no config.json"), (["--model", "{model}", "--data", "/nowhere.jsonl"], "no such file"),
+    (["--steps", "0"], "--steps 0"), (["--lr", "nan"], "--lr nan"), (["--temperature", "0"], "--temperature 0"), (["--group-size", "1"], "--group-size 1"),
+    (["--updates", "33"], "--updates 33"), (["--clip-low", "-1"], "--clip-low"), (["--gold-shape", "ratio"], "gold_old=one"),
+    (["--device", "cuda:99"], "--device cuda:99"), (["--reward", "nothing.py:f"], "--reward"), (["--max-new-tokens", "120"], "does not fit"),
+    (["--algo", "sft", "--max-new-tokens", "5", "--model", "{model}", "--data", "{data}"], "none that can be used"),
+    (["--out", "{occupied}"], "there is something already")])
+def test_bad_input_is_one_line_and_writes_nothing(toy, tmp_path, monkeypatch, flags, words):
+    """Forbids a traceback, a guess, or a half-made folder where a flag or path is wrong."""
+    monkeypatch.chdir(tmp_path)
+    os.mkdir("occupied")
+    open("occupied/precious", "w").close()
+    flags = [f.format(model=toy["model"], data=toy["data"], occupied="occupied") for f in flags]
+    if "--out" not in flags:
+        flags += ["--out", "out"]
+    with pytest.raises(InputError) as error:
+        run(*flags)
+    assert words in str(error.value) and "\n" not in str(error.value)
+    assert os.listdir("occupied") == ["precious"] and os.listdir(".") == ["occupied"]
+
+
+def test_exit_status_is_2_without_traceback(tmp_path):
+    """Forbids a traceback as the answer to a wrong path; the only test of the real command line."""
+    for flags in (["--model", "/nowhere", "--data", "/nowhere"], ["--level", "word"]):
+        done = subprocess.run([sys.executable, os.path.join(ROOT, "train.py"), *flags], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 2 and "Traceback" not in done.stderr and done.stdout == ""
+    assert os.listdir(tmp_path) == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A real model, if GCPO_TEST_MODEL names its folder
+
+@pytest.mark.skipif("GCPO_TEST_MODEL" not in os.environ, reason="GCPO_TEST_MODEL names no model folder")
+def test_default_learning_rate_moves_a_real_model():
+    """Forbids a default that trains nothing: one step on one gold raises its fp32 logprob, and ten raise it in the
+    compute dtype, where a change below half a bf16 step cannot be seen."""
+    folder = os.environ["GCPO_TEST_MODEL"]
+    tokenizer, model = load_tokenizer(folder), load_model(folder)
+    compute, config, gcpo = compute_copy(model, torch.bfloat16), Config(), ALGORITHMS["gcpo"]
+    item_of = lambda text, gold: (tokenizer.encode_response(text), tokenizer.encode_response(gold))
+    wrong, gold = item_of("I do not know.", "He has 3 + 4 = 7 apples.\n#### 7")
+    width = max(len(wrong), len(gold))
+    pad = lambda x: torch.nn.functional.pad(x, (0, width - len(x)))
+    prompt = torch.tensor(tokenizer.tokenizer.encode("Tom has 3 apples and gets 4 more. How many has he?\n").ids)
+    group = Group(prompt, torch.stack([pad(gold), pad(wrong)]), torch.tensor([len(gold), len(wrong)]), torch.ones(2, dtype=torch.bool), torch.zeros(2, width),
+                  torch.tensor([True, False]), torch.tensor([1.0, 0.0]), torch.tensor([True, False]))
+    item = Item(None, group, torch.tensor([0.7, -0.7]))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    with torch.no_grad():
+        logprob = lambda m: token_logprobs(m, prompt, gold[None])[0].mean().item()
+        exact, rounded = [logprob(model)], [logprob(compute)]
+        for _ in range(10):
+            with torch.enable_grad():
+                train.update(model, compute, optimizer, [item], gcpo, replace(config, rows_per_pass=0))
+            exact.append(logprob(model))
+        rounded.append(logprob(compute))
+    assert exact[1] > exact[0] and rounded[-1] > rounded[0] + 0.02
+
+
+def test_toy_defaults_are_flags():
+    """Forbids a toy setting that no flag can change."""
+    assert set(TOY) <= {f for f in Config.__dataclass_fields__}
