@@ -20,6 +20,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from decimal import Decimal
 from fractions import Fraction
 
 import tokenizers
@@ -44,10 +45,12 @@ class Problem:
 # ---------------------------------------------------------------------------------------------------------------------
 # Answers
 
-NUMBER = r"-?(?:\d[\d,]*(?:\.\d+)?|\.\d+)"
+NUMBER = r"-?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)"   # a comma groups thousands; 1,2 is a list
 FRACTION = rf"{NUMBER}\s*/\s*{NUMBER}"
-LATEX_FRACTION = r"-?\\frac\{-?\d+\}\{-?\d+\}"
-LEADING_NUMBER = re.compile(rf"({LATEX_FRACTION}|{FRACTION}|{NUMBER})(?=$|[.,;:]?\s+[^\W\d_]|[.,;:]?\s*\(|\s*[.,;:!]$)")
+LATEX_FRACTION = r"-?\\frac\s*\{\s*-?\d+\s*\}\s*\{\s*-?\d+\s*\}"
+NO_UNIT = r"(?:or|and|to|hundred|thousand|million|billion|trillion|dozen|sqrt|pi|mod|choose)\b"
+WORD = rf"(?!{NO_UNIT})(?:[^\W\d_]{{2}}|[aAI]\s+[^\W\d_]{{2}}|[mgshlL]$)"     # a unit or talk; a lone letter is more likely a variable
+LEADING_NUMBER = re.compile(rf"({LATEX_FRACTION}|{FRACTION}|{NUMBER})(?=[.,;:]?\s+\(?{WORD}|\s*[.,;:!]?$)")
 LONGEST_ANSWER = 300  # characters; an answer followed by talk is cut here
 
 
@@ -55,8 +58,9 @@ def normalise(text: str) -> str:
     """An answer without its dress: LaTeX spacing and wrappers, $, %, markdown stars, a final period."""
     text = text.replace("−", "-").replace("{,}", ",").replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac")
     text = re.sub(r"\\(?:text|mathrm|textbf|mathbf)\s*\{([^{}]*)\}", r" \1", text)
-    text = re.sub(r"\\left|\\right|\\[!,;: ]|\\?\$|\\?%|\*\*|[`~]", " ", text)
-    text = " ".join(text.split()).strip("* ").rstrip(".:;, ")
+    text = re.sub(r"\\[!,]", "", text)                                         # 10,\!000
+    text = re.sub(r"\\left|\\right|\\[;: ()\[\]]|\\?\$|\\?%|\*\*|[`~]", " ", text)
+    text = " ".join(text.split()).lstrip("* ").rstrip("*.:;, ")
     return re.sub(r"^-\s+(?=[\d.\\])", "-", text)
 
 
@@ -67,7 +71,7 @@ def parse_number(text: str) -> Fraction | None:
     elif re.fullmatch(FRACTION, text):
         parts = text.split("/")
     elif re.fullmatch(LATEX_FRACTION, text):
-        parts = re.findall(r"-?\d+", text.replace("-\\frac{", "\\frac{-", 1).replace("--", ""))
+        parts = re.findall(r"-?\d+", text.replace(" ", "").replace("-\\frac{", "\\frac{-", 1).replace("--", ""))
     else:
         return None
     over, under = (Fraction(p.strip().replace(",", "")) for p in parts)
@@ -76,33 +80,37 @@ def parse_number(text: str) -> Fraction | None:
 
 def canonical(answer: str) -> str:
     """Two answers are equal if and only if their canonical texts are: '18' for '$18.00', '3/4' for '0.75'."""
-    text = normalise(answer[:LONGEST_ANSWER])
+    if len(answer) > LONGEST_ANSWER:
+        answer = answer[:LONGEST_ANSWER].rpartition(" ")[0]    # between words: half a number is another number
+    text = normalise(answer)
     value = parse_number(text)
-    if value is None and "=" in text:
-        return canonical(text.rpartition("=")[2])      # x = 18, or 12 + 6 = 18
+    left, equals, right = text.rpartition("=")
+    if value is None and equals and re.fullmatch(r"(?:[^<>!;,≠≤≥]|,(?=\d{3}))*", left):
+        return canonical(right)                        # x = 18, or 12 + 6 = 18; but neither x >= 18 nor x = 1, y = 18
     if value is None and (leading := LEADING_NUMBER.match(text)):
         value = parse_number(leading[1])               # 18 apples, or 18, which is correct
-    return str(value) if value is not None else text.replace(" ", "").casefold()
+    return str(value) if value is not None else re.sub(r"(?<!\d) | (?!\d)", "", text).casefold()
 
 
 def last_boxed(text: str) -> str | None:
     """What stands in the last \\boxed{…} whose braces close."""
-    for start in reversed([m.end() for m in re.finditer(r"\\boxed\s*\{", text)]):
-        depth = 1
-        for i in range(start, len(text)):
-            depth += {"{": 1, "}": -1}.get(text[i], 0)
-            if depth == 0:
-                return text[start:i]
-    return None
+    stack, last = [], (-1, None)
+    for brace in re.finditer(r"(\\boxed\s*)?\{|\}", text):     # one pass: a collapsed policy can open thousands
+        if brace[0] != "}":
+            stack.append(brace.end() if brace[1] else None)
+        elif stack and (start := stack.pop()) is not None:
+            last = max(last, (start, text[start:brace.start()]))
+    return last[1]
 
 
 def extract_answer(text: str) -> str | None:
     """The response's answer in canonical form, or None if it names none.
 
     A marker decides, the last of its kind, and nothing else: a number somewhere in the text is no answer."""
-    hashes = [line for line in re.findall(r"####[ \t]*([^\n]*)", text) if normalise(line)]
+    after = lambda marker: [part.partition("\n")[0].lstrip(" \t:") for part in re.split(marker, text, flags=re.IGNORECASE)[1:]]
+    hashes = [line for line in after("####") if normalise(line)]
     boxed = None if hashes else last_boxed(text)
-    phrases = re.findall(r"answer(?: is|:)[ \t:]*([^\n]*)", text, re.IGNORECASE)
+    phrases = after("answer(?: is|:)")
     found = hashes[-1] if hashes else boxed if boxed is not None else phrases[-1] if phrases else ""
     return canonical(found) or None
 
@@ -110,12 +118,16 @@ def extract_answer(text: str) -> str | None:
 def last_number(text: str) -> str | None:
     """The last number anywhere, canonical: for evaluation only, as training would learn to scatter numbers."""
     numbers = re.findall(rf"(?<![\d.]){NUMBER}", text)
-    return canonical(numbers[-1]) if numbers else None
+    return canonical(numbers[-1]) or None if numbers else None
 
 
 def grade(response: str, answer: str) -> float:
     """1.0 if the response's answer is the right one, else 0.0."""
     return float(extract_answer(response) == canonical(answer))
+
+
+def one_line(e: BaseException) -> str:
+    return " ".join(f"{type(e).__name__}: {e}".split())[:200]
 
 
 def load_reward(spec: str | None) -> Callable[[str, str], float]:
@@ -127,10 +139,10 @@ def load_reward(spec: str | None) -> Callable[[str, str], float]:
         raise InputError(f"--reward {spec}: expected FILE.py:function, and the file must exist")
     try:
         module_spec = importlib.util.spec_from_file_location("user_reward", path)
-        module = importlib.util.module_from_spec(module_spec)
+        module = sys.modules["user_reward"] = importlib.util.module_from_spec(module_spec)   # dataclasses look themselves up there
         module_spec.loader.exec_module(module)
-    except Exception as e:
-        raise InputError(f"--reward {path}: cannot be imported ({type(e).__name__}: {e})") from None
+    except (Exception, SystemExit) as e:
+        raise InputError(f"--reward {path}: cannot be imported ({one_line(e)})") from None
     function = getattr(module, name, None)
     if not callable(function):
         raise InputError(f"--reward {spec}: {path} has no function {name}")
@@ -139,8 +151,8 @@ def load_reward(spec: str | None) -> Callable[[str, str], float]:
         try:
             value = float(function(response, answer))
         except Exception as e:
-            raise InputError(f"--reward {spec}: failed on response {response[:60]!r} ({type(e).__name__}: {e})") from None
-        if not math.isfinite(value):
+            raise InputError(f"--reward {spec}: failed on response {response[:60]!r} ({one_line(e)})") from None
+        if not abs(value) <= torch.finfo(torch.float32).max:
             raise InputError(f"--reward {spec}: returned {value} for response {response[:60]!r}; a reward must be finite")
         return value
     return reward
@@ -159,8 +171,10 @@ def as_text(value) -> str | None:
     """A field's text: 43.0 is written 43."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    if isinstance(value, bool) or not isinstance(value, (str, int, float)) or value != value:
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)) or isinstance(value, float) and not math.isfinite(value):
         return None
+    if isinstance(value, float):
+        value = format(Decimal(repr(value)), "f")      # 1e-05 is written 0.00001
     return str(value).strip() or None
 
 
@@ -169,18 +183,20 @@ def parse_record(record: dict, answer_format: str, answer_only_gold: bool) -> Pr
     has = lambda *names: all(record.get(n) is not None for n in names)
     solution, gold = None, record.get("gold")
     if has("prompt"):                                               # verl, DAPO
-        question, answer = record["prompt"], (record.get("reward_model") or {}).get("ground_truth", record.get("answer"))
+        model = record.get("reward_model")
+        question, answer = record["prompt"], model.get("ground_truth", record.get("answer")) if isinstance(model, dict) else record.get("answer")
     elif has("Body", "Question", "Answer"):                         # SVAMP
         question, answer = f"{record['Body']} {record['Question']}", record["Answer"]
     elif has("body", "question", "answer"):                         # ASDiv: "9 (apples)"
-        question, answer = f"{record['body']} {record['question']}", re.sub(r"\s*\([^()]*\)$", "", str(record["answer"]))
+        question, answer = f"{record['body']} {record['question']}", record["answer"]
+        answer = re.sub(r"\s*\([^()]*\)$", "", answer) if isinstance(answer, str) else answer
     elif has("input", "target"):                                    # MAWPS
         question, answer = record["input"], record["target"]
-    elif has("question", "answer") and "####" in str(record["answer"]):    # GSM8K
-        question, (solution, _, answer) = record["question"], str(record["answer"]).rpartition("####")
+    elif has("question", "answer") and isinstance(record["answer"], str) and "####" in record["answer"]:    # GSM8K
+        question, (solution, _, answer) = record["question"], record["answer"].rpartition("####")
     elif has("problem") and has("answer") or has("problem", "solution"):   # MATH, AIME, AMC, Minerva
         question, solution = record["problem"], record.get("solution")
-        answer = record["answer"] if has("answer") else last_boxed(str(solution))
+        answer = record["answer"] if has("answer") else last_boxed(solution) if isinstance(solution, str) else None
     elif has("question", "answer"):                                 # plain
         question, answer = record["question"], record["answer"]
     else:
@@ -197,6 +213,8 @@ def parse_record(record: dict, answer_format: str, answer_only_gold: bool) -> Pr
     final = FINAL_LINES[answer_format].format(answer)
     if gold is not None:
         gold = as_text(gold)
+        if gold is None:
+            return "the gold is empty or not text"
     elif isinstance(solution, str) and solution.strip():
         gold = re.sub(r"<<[^<>\n]*>>", "", solution).strip()        # GSM8K's notes for a calculator
         if not (answer_format == "boxed" and last_boxed(gold) and grade(gold, answer)):
@@ -274,18 +292,25 @@ try:
 except (ImportError, ValueError, OSError):
     pass  # not on this system; the limit on time still holds
 from jinja2.exceptions import TemplateError
+from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+class Generation(Extension):  # marks the assistant's part for training; here only what stands inside
+    tags = {"generation"}
+    def parse(self, parser):
+        next(parser.stream)
+        return parser.parse_statements(["name:endgeneration"], drop_needle=True)
 
 def raise_exception(message):
     raise TemplateError(message)
 
 job = json.load(sys.stdin)
-environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation])
 environment.globals["raise_exception"] = raise_exception
-environment.filters["tojson"] = lambda x, **options: json.dumps(x, ensure_ascii=False, **options)
+environment.filters["tojson"] = lambda x, ensure_ascii=False, **options: json.dumps(x, ensure_ascii=ensure_ascii, **options)
 try:
     template = environment.from_string(job["template"])
-    texts = [template.render(messages=m, add_generation_prompt=True, **job["special"]) for m in job["conversations"]]
+    texts = [template.render(messages=m, tools=None, documents=None, add_generation_prompt=True, **job["special"]) for m in job["conversations"]]
     if sum(map(len, texts)) > 10**5 * len(texts):
         raise TemplateError("it writes over 100,000 characters a prompt")
     json.dump({"texts": texts}, sys.stdout)
@@ -341,7 +366,7 @@ class Tokenizer:
 
         ids = generation.get("eos_token_id")
         ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
-        if not all(isinstance(i, int) and 0 <= i < self.tokenizer.get_vocab_size() for i in ids):
+        if not all(type(i) is int and 0 <= i < self.tokenizer.get_vocab_size() for i in ids):
             raise InputError(f"{folder}/generation_config.json: eos_token_id {ids} is not in the vocabulary")
         eos = self.special.get("eos_token")
         self.end_id = self.tokenizer.token_to_id(eos) if eos else (ids[0] if ids else None)
@@ -375,19 +400,28 @@ class Tokenizer:
             return ["\n".join(m["content"] for m in messages) + "\n" for messages in conversations]
         return render(self.template, conversations, self.special, self.template_from)
 
+    def encode(self, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
+        try:
+            return [e.ids for e in self.tokenizer.encode_batch(texts, add_special_tokens=add_special_tokens)]
+        except Exception as e:  # half a surrogate pair; a vocabulary without its own unknown token
+            raise InputError(f"{self.folder}: the tokenizer cannot encode a text ({one_line(e)})") from None
+
     def encode_texts(self, texts: list[str]) -> list[Tensor]:
         """Prompt texts as token ids (P,) each. A template writes its own special tokens; plain text gets the tokenizer's."""
-        return [torch.tensor(e.ids, dtype=torch.int64) for e in self.tokenizer.encode_batch(texts, add_special_tokens=self.template is None)]
+        return [torch.tensor(ids, dtype=torch.int64) for ids in self.encode(texts, self.template is None)]
 
     def encode_prompt(self, problem: Problem) -> Tensor:
         return self.encode_texts(self.prompt_texts([problem]))[0]
 
     def encode_response(self, text: str) -> Tensor:
         """(T,): a response as the model would have written it, tokenized apart from the prompt, with the end token."""
-        return torch.tensor([*self.tokenizer.encode(text, add_special_tokens=False).ids, self.end_id], dtype=torch.int64)
+        return torch.tensor([*self.encode([text], False)[0], self.end_id], dtype=torch.int64)
 
     def decode(self, ids) -> str:
-        return self.tokenizer.decode(ids.tolist() if isinstance(ids, Tensor) else list(ids), skip_special_tokens=True)
+        ids = ids.tolist() if isinstance(ids, Tensor) else list(ids)
+        while ids and ids[-1] in self.stop_ids:    # also where the end token is an ordinary word of the vocabulary
+            ids.pop()
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
 
 
 load_tokenizer = Tokenizer
@@ -409,7 +443,7 @@ def prepare(problems: list[Problem], tokenizer: Tokenizer, max_new_tokens: int, 
         if not 1 <= len(prompt) <= max_positions - max_new_tokens:
             raise InputError(f"{problem.source}: the prompt has {len(prompt)} tokens, and with {max_new_tokens} new ones it does not fit "
                              f"the model's {max_positions} positions; lower --max-new-tokens or leave the problem out")
-        problem.prompt = prompt
+        problem.prompt, problem.gold_ids = prompt, None
         if problem.gold is None:
             continue
         gold = problem.gold
