@@ -431,18 +431,21 @@ load_tokenizer = Tokenizer
 # Ready to train on
 
 def prepare(problems: list[Problem], tokenizer: Tokenizer, max_new_tokens: int, max_positions: int, *,
-            reward: Callable = grade, correct_at: float = 1.0) -> list[str]:
+            vocab_size: int | None = None, reward: Callable = grade, correct_at: float = 1.0) -> list[str]:
     """Fill in prompt, gold_ids and gold_reward of every problem. Returns one line for each gold that cannot be used.
 
     A gold is used only if it grades as correct against its own answer and fits into `max_new_tokens` whole: a gold cut
     off would reward a text that never reaches its answer. Its problem still trains, without it. Raises InputError for a
-    prompt that leaves no room in the model's `max_positions`."""
+    prompt that leaves no room in the model's `max_positions`, or has tokens beyond its `vocab_size`."""
     complaints = []
     texts = tokenizer.prompt_texts(problems)
     for problem, text, prompt in zip(problems, texts, tokenizer.encode_texts(texts)):
         if not 1 <= len(prompt) <= max_positions - max_new_tokens:
             raise InputError(f"{problem.source}: the prompt has {len(prompt)} tokens, and with {max_new_tokens} new ones it does not fit "
                              f"the model's {max_positions} positions; lower --max-new-tokens or leave the problem out")
+        if vocab_size is not None and max(*prompt.tolist(), tokenizer.end_id) >= vocab_size:
+            raise InputError(f"{tokenizer.folder}: the tokenizer has token {max(*prompt.tolist(), tokenizer.end_id)}, and the model knows {vocab_size}; "
+                             "they do not belong together")
         problem.prompt, problem.gold_ids = prompt, None
         if problem.gold is None:
             continue
@@ -452,7 +455,9 @@ def prepare(problems: list[Problem], tokenizer: Tokenizer, max_new_tokens: int, 
             gold = f"{thoughts}\n</think>\n{final}"
         ids = tokenizer.encode_response(gold)
         value = reward(tokenizer.decode(ids), problem.answer)              # as the grader will see it: through the tokenizer
-        if value < correct_at:
+        if vocab_size is not None and int(ids.max()) >= vocab_size:
+            complaints.append(f"{problem.source}: its gold has tokens that the model does not know")
+        elif value < correct_at:
             complaints.append(f"{problem.source}: its gold does not grade as correct (answer {problem.answer!r})")
         elif len(ids) > max_new_tokens:
             complaints.append(f"{problem.source}: its gold has {len(ids)} tokens, more than --max-new-tokens {max_new_tokens}")

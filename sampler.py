@@ -42,7 +42,7 @@ def pick(weights: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     """Inverse transform sampling: weights (n, M) float64 and not negative, u (n,) in [0, 1) -> index (n,), rest (n,).
 
     `rest` is where u fell inside the chosen interval, again in [0, 1]. Never an index of weight 0, not even at u = 0
-    (right=True) or where u · total rounds up to the total (the clamp)."""
+    (right=True) or at u = 1, which a `rest` can round to (the clamp)."""
     cdf = weights.cumsum(-1)
     total, target = cdf[:, -1:], u[:, None] * cdf[:, -1:]
     index = torch.searchsorted(cdf, target, right=True)
@@ -60,7 +60,8 @@ def keep_top(probs: Tensor, top_p: float, top_k: int) -> Tensor:
     if top_p < 1:
         ordered, index = probs.sort(dim=-1, descending=True)
         before = ordered.cumsum(-1) - ordered                       # mass of the likelier tokens
-        probs = torch.zeros_like(probs).scatter(1, index, torch.where(before < top_p, ordered, 0.0))
+        inside = before < top_p * ordered.sum(-1, keepdim=True)     # of what top-k has left
+        probs = torch.zeros_like(probs).scatter(1, index, torch.where(inside, ordered, 0.0))
     return probs
 
 
@@ -68,8 +69,8 @@ def choose(logits: Tensor, u: Tensor, temperature: float, top_p: float = 1.0, to
     """logits (n, V), u (n,) float64 -> token (n,), its logprob (n,) fp32 under softmax(logits / temperature).
 
     temperature 0 is greedy (the logprob then at temperature 1). The logprob is that of the whole softmax, also with
-    top-p or top-k: training uses neither. The cumulative sum goes in two levels, over blocks and inside one block:
-    exact in float64, and a tenth of the cost of one sum over V."""
+    top-p or top-k: training uses neither. The cumulative sum goes in two levels, over blocks and inside one block, in
+    float64: more exact than one fp32 sum over V, and a fraction of its cost."""
     logits = logits.float()
     if temperature == 0:
         token = logits.argmax(-1)
@@ -208,7 +209,8 @@ class Batch:
 
 def prompt_generator(seed, prompt_id: int, repeat: int) -> torch.Generator:
     """The random stream of one prompt; `seed` is a number, or several: (seed, step)."""
-    seeds = np.random.SeedSequence([*(seed if isinstance(seed, (tuple, list)) else (seed,)), prompt_id, repeat])
+    seeds = seed if isinstance(seed, (tuple, list)) else (seed,)
+    seeds = np.random.SeedSequence([*seeds, prompt_id, repeat, 1])  # 1: numpy takes (0, 1) and (0, 1, 0) for the same
     return torch.Generator().manual_seed(int(seeds.generate_state(1, np.uint64)[0] >> 1))
 
 
@@ -228,12 +230,12 @@ def sample(model: Transformer, prompts: list[Tensor], group_size: int, max_new_t
 
     A response ends with the first of `stop_ids`, which belongs to it, or after `max_new_tokens`. `seed` is a number or a
     tuple; `prompt_ids` name the prompts' random streams (default: their places in the list). `max_rows` bounds the
-    rows in flight. `progress(rows, tokens)` is called as rows end. Logprobs are those of softmax(logits / temperature).
+    rows in flight, but a group stays whole. `progress(rows, tokens)` is called as rows end. Logprobs are those of softmax(logits / temperature).
     """
     G, ids = group_size, list(range(len(prompts)) if prompt_ids is None else prompt_ids)
     if not prompts:
         return []
-    if min(len(p) for p in prompts) < 1 or G < 1 or max_new_tokens < 1 or temperature < 0:
+    if min(len(p) for p in prompts) < 1 or G < 1 or max_new_tokens < 1 or not 0 <= temperature < math.inf:
         raise ValueError("sample: needs prompts of a token or more, group_size and max_new_tokens of 1 or more, temperature of 0 or more")
     longest = max(len(p) for p in prompts)
     rows = min(len(prompts), max(1, (max_rows or rows_that_fit(model, G, longest, max_new_tokens)) // G)) * G
@@ -258,8 +260,6 @@ def sample(model: Transformer, prompts: list[Tensor], group_size: int, max_new_t
                 seen[ids[i]] += 1
             batch.prefill(entering, [prompts[i] for i in entering], torch.cat(uniforms), select, stops)
 
-        for _ in range(min(check_every, max_new_tokens - max(batch.count))):
-            batch.decode(select, stops)
         ended = batch.ended[:batch.n].tolist()
         leaving = [row for row in range(batch.n) if ended[row] or batch.count[row] == max_new_tokens]
         for row in leaving:
@@ -272,6 +272,9 @@ def sample(model: Transformer, prompts: list[Tensor], group_size: int, max_new_t
                 progress(1, length)
         if leaving:
             batch.leave(leaving)
+            continue                                       # a waiting prompt may enter now
+        for _ in range(min(check_every, max_new_tokens - max(batch.count))):
+            batch.decode(select, stops)
 
     def group(prompt, rows):
         tokens, logprobs, finished = zip(*rows)
@@ -355,15 +358,19 @@ def main():
     flag("--out", default=None, help="write every completion here, a JSON line each")
     flag("--keep-correct", default=None, help="write the problems that were solved here, each with a correct response as its gold")
     args = parser.parse_args()
-    for name, least in (("samples", 1), ("max_new_tokens", 1), ("limit", 0), ("skip", 0), ("top_k", 0), ("temperature", 0), ("rows", 1)):
+    for name, least in (("samples", 1), ("max_new_tokens", 1), ("limit", 0), ("skip", 0), ("top_k", 0), ("temperature", 0), ("rows", 1), ("seed", 0), ("correct_at", -math.inf)):
         value = getattr(args, name)
-        if value is not None and value < least:
-            raise InputError(f"--{name.replace('_', '-')} {value}: must be {least} or more")
+        if value is not None and not least <= value < math.inf:
+            raise InputError(f"--{name.replace('_', '-')} {value}: must be {'a number' if least < 0 else f'{least} or more'}, and finite")
     if not 0 < args.top_p <= 1:
         raise InputError(f"--top-p {args.top_p}: must be above 0 and at most 1")
-    for path in (args.out, args.keep_correct):
-        if path and not os.path.isdir(os.path.dirname(path) or "."):
-            raise InputError(f"{path}: its folder does not exist")
+    taken = [os.path.realpath(args.data)]
+    for path in [path for path in (args.out, args.keep_correct) if path]:
+        if os.path.isdir(path) or not os.access(os.path.dirname(path) or ".", os.W_OK):
+            raise InputError(f"{path}: cannot be written; it must be a file, in a folder that exists and can be written to")
+        if os.path.realpath(path) in taken:
+            raise InputError(f"{path}: named twice; --data, --out and --keep-correct must be different files")
+        taken.append(os.path.realpath(path))
     temperature = args.temperature if args.temperature is not None else float(args.samples > 1)
     device = pick_device(args.device)
     reward = load_reward(args.reward)
@@ -374,7 +381,7 @@ def main():
     model = load_model(args.model, device, pick_dtype(args.dtype, device))
     for problem in problems:
         problem.gold = None  # not wanted here, so not checked
-    prepare(problems, tokenizer, args.max_new_tokens, model.config.max_position_embeddings, reward=reward, correct_at=args.correct_at)
+    prepare(problems, tokenizer, args.max_new_tokens, model.config.max_position_embeddings, reward=reward, correct_at=args.correct_at, vocab_size=model.config.vocab_size)
     metrics, completions = evaluate(model, problems, tokenizer, args.samples, args.max_new_tokens, temperature=temperature, top_p=args.top_p,
                                     top_k=args.top_k, seed=args.seed, max_rows=args.rows, reward=reward, correct_at=args.correct_at, progress="sampling")
     k = args.samples

@@ -342,7 +342,7 @@ def sample_record(step: int, items: list[Item], tokenizer: Tokenizer) -> dict:
 # The toy
 
 # A model with random weights that never solves a problem, and problems that luck does not solve: an answer is one of 1,000.
-TOY = dict(steps=300, prompts=32, group_size=4, max_new_tokens=24, updates=2, lr=2.5e-3, lr_end=0.05, warmup=10, eval_every=25, eval_limit=0,
+TOY = dict(steps=240, prompts=32, group_size=4, max_new_tokens=24, updates=4, lr=2.5e-3, lr_end=0.05, warmup=10, eval_every=25, eval_limit=0,
            instruction="", dtype="float32", threads=1, rows_per_pass=64)
 TOY_NAMES = ("Ann", "Ben", "Eva", "Ian", "Kim", "Leo", "Mia", "Sam")
 TOY_HELD_OUT = 229  # of 729 locks
@@ -459,6 +459,8 @@ def check(config: Config) -> None:
     for name in ("temperature", "max_grad_norm"):
         if not 0 < getattr(config, name) < math.inf:
             raise InputError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be above 0, and finite")
+    if not math.isfinite(config.correct_at):
+        raise InputError(f"--correct-at {config.correct_at}: must be finite")
     if config.updates > config.prompts:
         raise InputError(f"--updates {config.updates}: each update needs a group, and there are --prompts {config.prompts}")
     if config.group_size == 1 and ALGORITHMS[config.algo].train_on == "rollouts":
@@ -501,12 +503,14 @@ def read_all(config: Config, algorithm: Algorithm, device: torch.device):
     """Everything the run needs, checked before anything is written: reward, problems, held-out problems, lines about golds
     that cannot be used, tokenizer, model."""
     reward = load_reward(config.reward)
-    positions = read_config(config.model).max_position_embeddings
+    described = read_config(config.model)
+    limits = dict(max_new_tokens=config.max_new_tokens, max_positions=described.max_position_embeddings, vocab_size=described.vocab_size,
+                  reward=reward, correct_at=config.correct_at)
     problems = read_problems(config.data, config.answer_format, config.answer_only_gold)
     held_out = read_problems(config.eval_data, config.answer_format)[:config.eval_limit or None] if config.eval_data else []
     tokenizer = load_tokenizer(config.model, config.answer_format, config.instruction)
-    complaints = prepare(problems, tokenizer, config.max_new_tokens, positions, reward=reward, correct_at=config.correct_at)
-    prepare(held_out, tokenizer, config.max_new_tokens, positions, reward=reward, correct_at=config.correct_at)
+    complaints = prepare(problems, tokenizer, **limits)
+    prepare(held_out, tokenizer, **limits)
     if algorithm.train_on == "gold" and not any(p.gold_ids is not None for p in problems):
         raise InputError(f"--algo {config.algo} trains on gold, and {config.data} has none that can be used" + (f" ({complaints[0]})" if complaints else ""))
     return reward, problems, held_out, complaints, tokenizer, load_model(config.model, device)
