@@ -1,11 +1,11 @@
 """Problems, prompts, answers: everything between a file of questions and a group of token ids.
 
     read_problems     a file in any of the usual formats              -> Problem(question, answer, gold)
-    load_tokenizer    a model folder                                  -> Tokenizer: encode_prompts, encode_response, decode
+    load_tokenizer    a model folder                                  -> Tokenizer: encode_prompt, encode_response, decode, stop_ids
     prepare           fills in each problem's prompt and gold as token ids, and checks every gold by grading it
     grade             a response's text and the answer                -> 1.0 or 0.0
 
-The grader is deliberately strict: it reads what follows a marker (`####`, else `\\boxed{}`, else "answer is"), the last
+The grader is deliberately strict: it reads what follows a marker (`####`, else `\\boxed{}`, else "answer is" or "answer:"), the last
 one if there are several, and compares numbers exactly. Whatever it accepts, training will find.
 """
 from __future__ import annotations
@@ -18,6 +18,7 @@ import os
 import re
 import subprocess
 import sys
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from decimal import Decimal
@@ -256,7 +257,7 @@ def read_problems(path: str, answer_format: str = "hash", answer_only_gold: bool
                         records.append((f"{path}, line {number}", parse_line(line, f"{path}, line {number}")))
     except json.JSONDecodeError as e:
         raise InputError(f"{path}, line {e.lineno}: not valid JSON ({e.msg})") from None
-    except (OSError, EOFError, ValueError, RecursionError, gzip.zlib.error) as e:
+    except (OSError, EOFError, ValueError, RecursionError, zlib.error) as e:
         raise InputError(f"{path}: cannot be read ({getattr(e, 'strerror', None) or e})") from None
     problems = []
     for source, record in records:
@@ -424,7 +425,7 @@ class Tokenizer:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
 
-load_tokenizer = Tokenizer
+load_tokenizer = Tokenizer  # a verb, beside load_model
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ GCPO then replaces one of the wrong responses by the reference ("gold") answer y
     A_i = (r_i − mean r) / (std r + 1e-4)                                            group_advantages
     s_i = exp( mean_t [ log π_θ(y_i,t) − log π_old(y_i,t) ] )                        log_ratio, level="sequence"
     J   = mean_i  min( s_i A_i , clip(s_i, 1 − ε_low, 1 + ε_high) A_i )              policy_loss returns −J
+                  (gold: clip to at most 1 + gold_clip)
 
 One importance ratio per sequence (GSPO's), no KL penalty, no value network, no reward model.
 
@@ -21,14 +22,15 @@ rollout replaced, a sequence-level ratio, no KL. Each of the following is our ch
     gold_old     π_old of a text that π_old never sampled            scored by the policy before the update, so that
                                                                      its ratio starts at 1 like every other row's
     gold_shape   a transform of the gold's ratio                     none (LUFFY's is there to compare)
-    gold_clip    the gold's own upper clip range                     0.2: under GSPO's 4e-4 the gold loses its gradient
-                                                                     from the second update of a batch on
+    gold_clip    the gold's own upper clip range                     0.2: under GSPO's 4e-4 the gold would have no gradient
+                                                                     in any update of a batch but the first, which
+                                                                     moves it further than that
     scale        division by the group's standard deviation          as in GRPO
     clip ranges  the sequence level's                                GSPO's 3e-4 and 4e-4
     aggregation  how token losses become one number                  mean over rows of token means, as in GSPO
 
 Letters: G rows of one group, P prompt length, T response length. `mask` (G, T) is True on a response's own tokens, its
-end token included. Every function is pure: tensors in, tensors out.
+end token included. Every function is pure, tensors in, tensors out, but for the generator that draws gold's slot.
 """
 from __future__ import annotations
 
@@ -54,7 +56,7 @@ class Group:
     finished: Tensor   # (G,) bool, True where the response ended by itself, not by the length limit
     logprobs: Tensor   # (G, T) fp32, of each token when it was sampled (the sampler's own arithmetic: a metric, no more)
     correct: Tensor    # (G,) bool, what substitution and pass@k look at
-    rewards: Tensor    # (G,) fp32, what advantages look at: the grade plus any shaping
+    rewards: Tensor    # (G,) fp32, what advantages look at
     is_gold: Tensor    # (G,) bool, True on a row that is the reference answer
 
     @property
@@ -79,26 +81,26 @@ class Algorithm:
     gold_when: str = switch("never", "which groups get a gold answer: those with every rollout wrong, all, none", ("all_wrong", "always", "never"))
     gold_slot: str = switch("random", "which wrong rollout the gold replaces", ("random", "longest", "first"))
     gold_old: str = switch("policy", "π_old of gold: scored by the policy before the update, or taken to be one", ("policy", "one"))
-    gold_shape: str = switch("none", "ratio: the gold's token ratios p become p / (p + 0.1), unclipped (LUFFY; needs gold_old=one)", ("none", "ratio"))
+    gold_shape: str = switch("none", "ratio: gold's token ratios p become p / (p + 0.1), unclipped (LUFFY)", ("none", "ratio"))
     gold_clip: float | None = switch(None, "the gold's own upper clip range; none: unclipped")
     level: str = switch("token", "importance ratio per token, or one per sequence (the geometric mean of its tokens')", ("sequence", "token"))
     aggregation: str = switch("row_mean", "mean over rows of token means | mean over the step's tokens | sum over (rows · max_new_tokens)", ("row_mean", "token_mean", "fixed_length"))
     scale: str = switch("std", "divide a group's advantages by its standard deviation, or do not (Dr. GRPO)", ("std", "none"))
     clip_low: float = switch(0.2, "ε_low: no gradient once a bad row's ratio is below 1 − ε_low")
     clip_high: float = switch(0.2, "ε_high: no gradient once a good row's ratio is above 1 + ε_high")
-    kl_coef: float = switch(0.0, "weight of the KL penalty against the frozen start model (loaded only when > 0)")
+    kl_coef: float = switch(0.0, "weight of a KL penalty of the rollouts against the frozen start model (loaded only when > 0)")
 
     def __post_init__(self):
         for name, spec in self.__dataclass_fields__.items():
             value, choices = getattr(self, name), spec.metadata.get("choices")
             if choices and value not in choices:
-                raise ValueError(f"{name}={value!r}: choose one of {', '.join(choices)}")
+                raise ValueError(f"{name}={value}: choose one of {', '.join(choices)}")
         for name in ("clip_low", "clip_high", "gold_clip", "kl_coef"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < float("inf"):
                 raise ValueError(f"{name}={value}: must be 0 or more, and finite")
         if self.gold_shape == "ratio" and self.gold_old != "one":
-            raise ValueError("gold_shape=ratio shapes a probability: it needs gold_old=one")
+            raise ValueError("gold_shape=ratio: it shapes a probability, so it needs gold_old=one")
 
 
 _grpo = Algorithm("grpo", "arXiv 2402.03300")
@@ -210,8 +212,8 @@ def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask
     Pass `logprobs.detach()` as old_logprobs when a batch gets one update: the ratio is then exactly 1, and only its
     gradient speaks.
 
-    `total_rows` and `total_tokens` are those of the whole optimizer step, over all groups and processes, rows without
-    contrast included. They are numbers passed in, so losses of parts of a step add up to the loss of the step, however
+    `total_rows` and `total_tokens` are those of the whole optimizer step, over all groups, those without contrast
+    included. They are numbers passed in, so losses of parts of a step add up to the loss of the step, however
     it was cut. Returns (loss, sums): the loss a scalar to minimise, the sums scalars that add up over parts likewise.
     """
     mask_row = mask.sum(1)
@@ -233,7 +235,7 @@ def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask
 
     token_loss = -objective
     if algorithm.kl_coef > 0:
-        kl = kl_estimate(logprobs, torch.where(mask, ref_logprobs, 0.0))
+        kl = torch.where(gold, 0.0, kl_estimate(logprobs, torch.where(mask, ref_logprobs, 0.0)))  # gold was not drawn from π_θ
         token_loss = token_loss + algorithm.kl_coef * kl
 
     if algorithm.aggregation == "row_mean":
@@ -253,5 +255,5 @@ def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask
             "approx_kl": masked_sum(kl_estimate(old_logprobs, logprobs), policy),  # KL(π_old ‖ π_θ)
         }
         if algorithm.kl_coef > 0:
-            sums["ref_kl"], sums["ref_tokens"] = masked_sum(kl, mask), mask.sum()
+            sums["ref_kl"] = masked_sum(kl, policy)
     return loss, sums

@@ -9,8 +9,8 @@ has to know how they are laid out: `model(tokens, past=f)` calls f(layer, q, k, 
 causal attention. Scoring uses it to run a prompt once and let every response of a group read its keys and values
 (`encode_prompts`, `score_responses`, below); the sampler uses it to keep a cache.
 
-Letters: N rows, T positions, D width, H query heads, K key/value heads, d head size, V vocabulary; for a group
-G responses, P prompt length, T response length.
+Letters: N rows, T positions, n tokens laid end to end, D width, H query heads, K key/value heads, S = H / K query heads
+that share a key head, d head size, V vocabulary; B prompts, P prompt length; of responses, T is the length.
 """
 from __future__ import annotations
 
@@ -95,6 +95,7 @@ class ModelConfig:
 
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+# No model is larger than this; a config.json that says so would only fail later, after a long time or with no memory left.
 SIZE_LIMITS = {"sliding_window": 2**31, "vocab_size": 2**22, "hidden_size": 2**17, "intermediate_size": 2**20, "num_hidden_layers": 1024,
                "num_attention_heads": 2**12, "num_key_value_heads": 2**12, "head_dim": 2**12, "max_position_embeddings": 2**27}
 
@@ -212,7 +213,8 @@ def rope_frequencies(config: ModelConfig, device: torch.device) -> Tensor:
     if config.rope_scaling and config.rope_scaling[0] == "linear":
         freq = freq / config.rope_scaling[1]
     elif config.rope_scaling:
-        # Llama 3.1 reads a longer text by slowing only the waves that never closed a turn in the text it was trained on.
+        # Llama 3.1 reads a longer text by slowing the waves that closed few turns (below `low`) in the text it was trained
+        # on; those that closed many (above `high`) stay as they are, and between them the two are mixed.
         _, factor, low, high, original = config.rope_scaling
         turns = original * freq / (2 * math.pi)
         keep = ((turns - low) / (high - low)).clamp(0, 1)   # 0: slow wave, divided by factor; 1: fast wave, kept
@@ -353,26 +355,34 @@ def packing(lengths: Tensor, width: int):
 class Prefix:
     """What B prompts leave behind for their responses."""
     lengths: Tensor         # (B,)
-    tensors: list[Tensor]   # k_0, v_0, k_1, v_1, …: each layer's keys and values (B, K, P, d), right-padded; and h (B, D),
-                            # the last position's hidden state, which predicts the first token of every response
+    keys: list[Tensor]      # (B, K, P, d) of each layer, right-padded
+    values: list[Tensor]    # likewise
+    last: Tensor            # (B, D), the hidden state of the last position, which predicts a response's first token
 
-    def cut(self) -> "Prefix":
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All that gradients flow through."""
+        return [*self.keys, *self.values, self.last]
+
+    def cut(self) -> Prefix:
         """The same values as leaves of a new graph, to collect gradients in."""
-        return Prefix(self.lengths, [x.detach().requires_grad_() for x in self.tensors])
+        leaf = lambda x: x.detach().requires_grad_()
+        return Prefix(self.lengths, [leaf(x) for x in self.keys], [leaf(x) for x in self.values], leaf(self.last))
 
 
 def encode_prompts(model: Transformer, prompts: list[Tensor]) -> Prefix:
     """Run each prompt (P,) once."""
-    device, kept = model.norm.weight.device, []
+    device, keys, values = model.norm.weight.device, [], []
     lengths = torch.tensor([len(p) for p in prompts], device=device)
     _, cols, spread, pack = packing(lengths, max(len(p) for p in prompts))
 
     def keep(layer, q, k, v):
         q, k, v = spread(q), spread(k), spread(v)
-        kept.extend((k, v))
+        keys.append(k)
+        values.append(v)
         return pack(causal_attention(layer, q, k, v))   # padding stands at the end, where causal attention never looks
     hidden = model(torch.cat(prompts).to(device)[None], past=keep, positions=cols[None])[0]     # (n, D)
-    return Prefix(lengths, [*kept, hidden[lengths.cumsum(0) - 1]])
+    return Prefix(lengths, keys, values, hidden[lengths.cumsum(0) - 1])
 
 
 def score_responses(model: Transformer, prefix: Prefix, owner: Tensor, responses: Tensor, lengths: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -381,26 +391,25 @@ def score_responses(model: Transformer, prefix: Prefix, owner: Tensor, responses
     responses (N, T) right-padded, lengths (N,) at least 1, owner (N,) the prompt (0 … B − 1) that a row answers. Returns
     logprobs (N, T) fp32, with gradient to the weights and to `prefix`, and entropy (N, T) fp32 in nats, without; both 0
     in the padding. The real tokens go through the network as one row; only attention puts them in their places."""
-    *kv, last = prefix.tensors
-    (N, T), (B, _, P, _), device = responses.shape, kv[0].shape, last.device
+    (N, T), (B, K, P, _), device = responses.shape, prefix.keys[0].shape, responses.device
+    S = model.config.num_attention_heads // K
     # The token at (i, t) is predicted from the state at (i, t − 1), the first one from the prompt's last state.
     rows, cols, spread, pack = packing(lengths - 1, T - 1)              # (n,) each: the tokens that have a successor
-    hidden = last[owner]                                                # (N, D)
+    hidden = prefix.last[owner]                                         # (N, D)
     if len(rows):
         absent = torch.arange(P, device=device) >= prefix.lengths[:, None]                              # (B, P)
         later = torch.ones(T - 1, T - 1, dtype=torch.bool, device=device).triu(1)
         hide = torch.cat([absent[:, None].expand(-1, T - 1, -1), later.expand(B, -1, -1)], dim=-1)      # (B, T − 1, P + T − 1)
-        bias = torch.zeros(hide.shape, dtype=last.dtype, device=device).masked_fill(hide, float("-inf"))
+        bias = torch.zeros(hide.shape, dtype=hidden.dtype, device=device).masked_fill(hide, float("-inf"))
         per_row = lambda x: x.expand(N, *x.shape[1:]) if B == 1 else x[owner]
-        # The H / K query heads that share a key head stand below each other, so that keys are not copied for them.
-        shared = model.config.num_attention_heads // model.config.num_key_value_heads
-        bias = per_row(bias.repeat(1, shared, 1)[:, None])
+        # The S query heads that share a key head stand below each other, so that keys are not copied for them.
+        bias = per_row(bias.repeat(1, S, 1)[:, None])                                                   # (N, 1, S·(T − 1), P + T − 1)
 
         def respond(layer, q, k, v):
             q = spread(q)                                                                               # (N, H, T − 1, d)
-            k = torch.cat([per_row(kv[2 * layer]), spread(k)], dim=2)                                   # (N, K, P + T − 1, d)
-            v = torch.cat([per_row(kv[2 * layer + 1]), spread(v)], dim=2)
-            folded = q.reshape(N, k.shape[1], shared * (T - 1), -1)
+            k = torch.cat([per_row(prefix.keys[layer]), spread(k)], dim=2)                               # (N, K, P + T − 1, d)
+            v = torch.cat([per_row(prefix.values[layer]), spread(v)], dim=2)
+            folded = q.reshape(N, K, S * (T - 1), -1)
             return pack(F.scaled_dot_product_attention(folded, k, v, attn_mask=bias).view_as(q))
         positions = prefix.lengths[owner[rows]] + cols
         hidden = torch.cat([hidden, model(responses[rows, cols][None], past=respond, positions=positions[None])[0]])
@@ -412,7 +421,8 @@ def score_responses(model: Transformer, prefix: Prefix, owner: Tensor, responses
 
 
 def token_logprobs(model: Transformer, prompt: Tensor, responses: Tensor, temperature: float = 1.0, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """log π(token | what stands before it) for G responses to one prompt, the logits divided by `temperature`.
+    """log π(token | what stands before it) for G responses to one prompt, the logits divided by `temperature`: the form for
+    one group, for tests and for your own code.
 
     prompt (P,), responses (G, T), lengths (G,) or None for T each. Returns logprobs (G, T) fp32 and entropy (G, T)."""
     if lengths is None:
@@ -494,12 +504,16 @@ def weight_files(folder: str) -> list[str]:
     return [os.path.join(folder, name) for name in sorted(set(names.values()))]
 
 
+def named_as_in_files(model: Transformer) -> dict[str, nn.Parameter]:
+    return {("" if name.startswith("lm_head") else "model.") + name: p for name, p in model.named_parameters()}
+
+
 def load_model(folder: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Transformer:
     """Read a Hugging Face folder. Every parameter is filled and every tensor used, or InputError says which is not."""
     config = read_config(folder)
     with torch.device("meta"):
         model = Transformer(config)
-    wanted = {("" if name.startswith("lm_head") else "model.") + name: p for name, p in model.named_parameters()}
+    wanted = named_as_in_files(model)
     ignored = {"lm_head.weight"} if config.tie_word_embeddings else set()  # a tied copy of the embedding
     where = {}
     for path in weight_files(folder):
@@ -509,6 +523,7 @@ def load_model(folder: str, device: str | torch.device = "cpu", dtype: torch.dty
                     shape = f.get_slice(name).get_shape()
                     if name in where:
                         raise InputError(f"{path}: tensor {name} stands in {os.path.basename(where[name])} as well")
+                    # Some old folders store the rope frequencies, which follow from config.json.
                     if name not in wanted and name not in ignored and not name.endswith("rotary_emb.inv_freq"):
                         raise InputError(f"{path}: unexpected tensor {name!r}; config.json describes another model")
                     if name in wanted and list(wanted[name].shape) != list(shape):
@@ -522,8 +537,8 @@ def load_model(folder: str, device: str | torch.device = "cpu", dtype: torch.dty
     if missing:
         raise InputError(f"{folder}: {len(missing)} weights are in no file, first {missing[0]}")
 
-    model.to_empty(device=device).to(dtype)  # shapes agree, so the sizes are those of files that exist
-    wanted = {("" if name.startswith("lm_head") else "model.") + name: p for name, p in model.named_parameters()}
+    model.to(dtype).to_empty(device=device)  # shapes agree, so the sizes are those of files that exist
+    wanted = named_as_in_files(model)
     for path in sorted(set(where.values())):
         with safe_open(path, framework="pt") as f, torch.no_grad():
             for name in f.keys():
@@ -555,7 +570,7 @@ def save_model(model: Transformer, folder: str, tokenizer_from: str | None = Non
     raw["torch_dtype"] = str(model.norm.weight.dtype).removeprefix("torch.")
     with open(os.path.join(beside, "config.json"), "w", encoding="utf-8") as f:
         json.dump(raw, f, indent=2)
-    save_file({("" if name.startswith("lm_head") else "model.") + name: p.detach().cpu().contiguous() for name, p in model.named_parameters()},
+    save_file({name: p.detach().cpu().contiguous() for name, p in named_as_in_files(model).items()},
               os.path.join(beside, "model.safetensors"), metadata={"format": "pt"})
     for name in TOKENIZER_FILES if tokenizer_from else ():
         if os.path.isfile(os.path.join(tokenizer_from, name)):

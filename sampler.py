@@ -1,13 +1,14 @@
 """Groups of rollouts from a key/value cache, and evaluation with them.
 
 The prompt of a group runs once (`prefill`); its G responses then grow together, one token a step (`decode`), all
-reading the prompt's keys and values from one place. A row that ends leaves the batch at once and a waiting prompt takes
-the free places, so nothing finished and no padding goes through the network.
+reading the prompt's keys and values from one place. A row that ends leaves the batch at once (on a GPU, which must not be
+made to wait, at the next of the checks every 16 steps), and waiting prompts enter as soon as G rows are free: neither
+finished rows nor padding go through the network.
 
 Randomness belongs to the row, not to the batch: each prompt has a generator seeded from (seed, prompt id, repeat) that
 gives one uniform number per row and position, and a token is where the cumulative distribution passes that number. So
-what a row says does not depend on G, on the other rows or on the process that samples it, and there is no random state
-to save. (In bf16 kernels round by shape: then only the statistics agree.)
+what a row says depends on the seed and on `max_new_tokens`, but not on G or on the other rows, and there is no random
+state to save. (In bf16 kernels round by shape: then only the statistics agree.)
 
     python sampler.py --model DIR --data FILE --samples 8 --temperature 1.0 --out completions.jsonl
 
@@ -39,7 +40,7 @@ CPU_CACHE_BYTES = 4 * 2**30  # a fixed budget, so that the same command always m
 # From logits and a uniform number to a token
 
 def pick(weights: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    """Inverse transform sampling: weights (n, M) float64 and not negative, u (n,) in [0, 1) -> index (n,), rest (n,).
+    """Inverse transform sampling: weights (n, anything) float64 and not negative, u (n,) in [0, 1) -> index (n,), rest (n,).
 
     `rest` is where u fell inside the chosen interval, again in [0, 1]. Never an index of weight 0, not even at u = 0
     (right=True) or at u = 1, which a `rest` can round to (the clamp)."""
@@ -90,8 +91,8 @@ def choose(logits: Tensor, u: Tensor, temperature: float, top_p: float = 1.0, to
 class Batch:
     """Rows that are being sampled, and the keys and values they attend to.
 
-    Rows 0 … n−1 are alive; a row that leaves is overwritten by the last one. `seat` says which prompt a row answers and
-    `place` which of the prompt's G rows it is. Keys lie transposed, (…, d, length), as the score product wants them.
+    Rows 0 … n−1 are alive; a row that leaves is overwritten by the last one. A prompt in flight has a seat, and each of
+    its G rows a place there. Keys lie transposed, (…, d, length), as the score product wants them.
     """
     def __init__(self, model: Transformer, rows: int, seats: int, group_size: int, longest_prompt: int, max_new_tokens: int):
         c, like = model.config, model.embed_tokens.weight
@@ -103,7 +104,7 @@ class Batch:
         self.k, self.v = cache(rows, K, d, max_new_tokens), cache(rows, K, max_new_tokens, d)
         column = lambda *shape, dtype=torch.int64: torch.zeros(shape, dtype=dtype, device=like.device)
         self.prompt_length = column(seats)                                   # (B,)
-        self.seat, self.place, self.length = column(rows), column(rows), column(rows)   # (R,)
+        self.slot, self.length = column(rows), column(rows)                  # (R,) seat · G + place, tokens so far
         self.ended = column(rows, dtype=torch.bool)
         self.tokens, self.logprobs = column(rows, max_new_tokens), column(rows, max_new_tokens, dtype=torch.float32)
         self.uniforms = column(rows, max_new_tokens, dtype=torch.float64)
@@ -124,30 +125,30 @@ class Batch:
     def prefill(self, owners: list[int], prompts: list[Tensor], uniforms: Tensor, select, stop_ids):
         """Seat prompts (P,) that wait: run each once, and start its G rows with their first token. uniforms (rows, T)."""
         prefix = encode_prompts(self.model, prompts)
-        *kv, last = prefix.tensors
         seats, rows = slice(self.seats, self.seats + len(prompts)), slice(self.n, self.n + len(uniforms))
-        for layer, (k, v) in enumerate(zip(kv[::2], kv[1::2])):              # (B, K, P, d) each
+        for layer, (k, v) in enumerate(zip(prefix.keys, prefix.values)):     # (B, K, P, d) each
             self.prompt_k[layer][seats, :, :, :k.shape[2]], self.prompt_v[layer][seats, :, :k.shape[2]] = k.transpose(2, 3), v
         self.seats, self.n, self.prompt_length[seats] = seats.stop, rows.stop, prefix.lengths
-        self.seat[rows] = torch.arange(seats.start, seats.stop, device=self.device).repeat_interleave(self.G)
-        self.place[rows] = torch.arange(self.G, device=self.device).repeat(len(prompts))
+        self.slot[rows] = torch.arange(seats.start * self.G, seats.stop * self.G, device=self.device)
         self.length[rows], self.ended[rows], self.uniforms[rows] = 0, False, uniforms.to(self.device)
         self.owner += [(owner, g) for owner in owners for g in range(self.G)]
         self.count += [0] * len(uniforms)
         self.members += [self.G] * len(prompts)
         self.prompt_lengths += [len(p) for p in prompts]
-        self.append(self.model.logits(last).repeat_interleave(self.G, dim=0), rows, select, stop_ids)
+        self.append(self.model.logits(prefix.last).repeat_interleave(self.G, dim=0), rows, select, stop_ids)
 
     def decode(self, select, stop_ids):
         """One more token for every row."""
         n, P, T = self.n, max(self.prompt_lengths), max(self.count)          # widths of what is there to be read
         row, at = torch.arange(n, device=self.device), self.length[:n] - 1   # the token to run, not yet in the cache
-        seat = self.seat[:n]
-        slot = seat * self.G + self.place[:n]                                # (n,) in the grid of B seats × G places
+        slot = self.slot[:n]                                                 # (n,) in the grid of B seats × G places
+        seat = slot // self.G
         steps = torch.arange(max(P, T), device=self.device)
         absent = torch.cat([steps[:P] >= self.prompt_length[seat, None], steps[:T] > at[:, None]], dim=1)  # (n, P + T)
-        bias = torch.zeros(absent.shape, device=self.device).masked_fill(absent, float("-inf"))[:, None, None]
+        bias = torch.zeros(absent.shape, device=self.device).masked_fill(absent, float("-inf"))[:, None, None]   # (n, 1, 1, P + T)
 
+        # The rows of a prompt stand below each other in the grid, so that one product (G·S, d) @ (d, P) reads its keys for
+        # all of them, and nothing is copied for each row. The places of rows that have left hold zeros.
         def attend(layer, q, k, v):
             """q (n, H, 1, d), k and v (n, K, 1, d) -> (n, H, 1, d): each row reads its prompt and its own past."""
             K, d, B = k.shape[1], k.shape[3], self.seats
@@ -176,16 +177,17 @@ class Batch:
 
     def leave(self, rows: list[int]):
         """Take rows out; the last ones alive move into their places, and prompts without rows lose their seats."""
-        for row in rows:
-            self.members[int(self.seat[row])] -= 1
-        kept = [row for row in range(self.n) if row not in set(rows)]
+        for slot in self.slot[rows].tolist():
+            self.members[slot // self.G] -= 1
+        gone = set(rows)
+        kept = [row for row in range(self.n) if row not in gone]
         n = len(kept)
         holes, movers = [row for row in rows if row < n], [row for row in kept if row >= n]
         if holes:
             T = max(self.count)
             for layer in range(len(self.k)):
                 self.k[layer][holes, :, :, :T], self.v[layer][holes, :, :T] = self.k[layer][movers, :, :, :T], self.v[layer][movers, :, :T]
-            for column in (self.seat, self.place, self.length, self.ended, self.tokens, self.logprobs, self.uniforms):
+            for column in (self.slot, self.length, self.ended, self.tokens, self.logprobs, self.uniforms):
                 column[holes] = column[movers]
             for hole, mover in zip(holes, movers):
                 self.owner[hole], self.count[hole] = self.owner[mover], self.count[mover]
@@ -199,7 +201,8 @@ class Batch:
                         k[seat, :, :, :P], v[seat, :, :P] = k[last, :, :, :P], v[last, :, :P]
                     self.prompt_length[seat] = self.prompt_length[last]
                     self.members[seat], self.prompt_lengths[seat] = self.members[last], self.prompt_lengths[last]
-                    self.seat[:n][self.seat[:n] == last] = seat
+                    slots = self.slot[:n]
+                    slots[slots // self.G == last] -= (last - seat) * self.G
                 self.members.pop(), self.prompt_lengths.pop()
                 self.seats -= 1
 
@@ -215,10 +218,11 @@ def prompt_generator(seed, prompt_id: int, repeat: int) -> torch.Generator:
 
 
 def rows_that_fit(model: Transformer, group_size: int, longest_prompt: int, max_new_tokens: int) -> int:
-    """How many rows to keep in flight: what their keys and values may take of the memory, and at most 256."""
+    """How many rows to keep in flight, at most 256, so that keys and values fit the memory: per row its own and a share of
+    its prompt's (see `seats` in `sample`), a token's id, logprob and uniform, and its logits twice or so."""
     c, weight = model.config, model.embed_tokens.weight
     per_token = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * weight.element_size()
-    row = per_token * (max_new_tokens + longest_prompt / group_size) + 16 * max_new_tokens + 12 * c.vocab_size
+    row = per_token * (max_new_tokens + 2 * longest_prompt / group_size) + 20 * max_new_tokens + 12 * c.vocab_size
     budget = CPU_CACHE_BYTES if weight.device.type != "cuda" else 0.6 * torch.cuda.mem_get_info(weight.device)[0]
     return max(group_size, min(256, int(budget / row)))
 
@@ -229,8 +233,9 @@ def sample(model: Transformer, prompts: list[Tensor], group_size: int, max_new_t
     """A Group of `group_size` responses for each prompt (P,), in the order given, on the CPU, not yet graded.
 
     A response ends with the first of `stop_ids`, which belongs to it, or after `max_new_tokens`. `seed` is a number or a
-    tuple; `prompt_ids` name the prompts' random streams (default: their places in the list). `max_rows` bounds the
-    rows in flight, but a group stays whole. `progress(rows, tokens)` is called as rows end. Logprobs are those of softmax(logits / temperature).
+    tuple; `prompt_ids` name the prompts' random streams (default: their places in the list), row g reading numbers g·T to
+    (g + 1)·T with T = `max_new_tokens`. `max_rows` bounds the
+    rows in flight, but a group stays whole. `progress(tokens)` is called as a row ends. Logprobs are those of softmax(logits / temperature).
     """
     G, ids = group_size, list(range(len(prompts)) if prompt_ids is None else prompt_ids)
     if not prompts:
@@ -239,7 +244,7 @@ def sample(model: Transformer, prompts: list[Tensor], group_size: int, max_new_t
         raise ValueError("sample: needs prompts of a token or more, group_size and max_new_tokens of 1 or more, temperature of 0 or more")
     longest = max(len(p) for p in prompts)
     rows = min(len(prompts), max(1, (max_rows or rows_that_fit(model, G, longest, max_new_tokens)) // G)) * G
-    seats = rows // G
+    seats = min(len(prompts), 2 * rows // G)               # more than G rows each would fill: a prompt may be down to its last row
     batch = Batch(model, rows, seats, G, longest, max_new_tokens)
     stops = torch.tensor(sorted(stop_ids), device=batch.device)
     select = lambda logits, u: choose(logits, u, temperature, top_p, top_k)
@@ -250,7 +255,8 @@ def sample(model: Transformer, prompts: list[Tensor], group_size: int, max_new_t
     while batch.n or waiting:
         while waiting and batch.n + G <= rows and batch.seats < seats:
             entering, tokens = [], 0
-            while waiting and len(entering) < min((rows - batch.n) // G, seats - batch.seats) and (not entering or tokens + len(prompts[waiting[0]]) <= PREFILL_TOKENS):
+            room = min((rows - batch.n) // G, seats - batch.seats)
+            while waiting and len(entering) < room and (not entering or tokens + len(prompts[waiting[0]]) <= PREFILL_TOKENS):
                 entering.append(waiting.popleft())
                 tokens += len(prompts[entering[-1]])
             uniforms = []
@@ -269,7 +275,7 @@ def sample(model: Transformer, prompts: list[Tensor], group_size: int, max_new_t
             prompt, place = batch.owner[row]
             responses[prompt][place] = tokens[:length], batch.logprobs[row, :length].to("cpu", copy=True), bool(len(stop))
             if progress:
-                progress(1, length)
+                progress(length)
         if leaving:
             batch.leave(leaving)
             continue                                       # a waiting prompt may enter now
@@ -295,7 +301,7 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 def evaluate(model: Transformer, problems: list[Problem], tokenizer: Tokenizer, samples: int, max_new_tokens: int, *, temperature: float,
              top_p: float = 1.0, top_k: int = 0, seed=0, max_rows: int | None = None, reward=grade, correct_at: float = 1.0,
-             progress: bool | str = False) -> tuple[dict[str, float], list[list[dict]]]:
+             progress: str = "") -> tuple[dict[str, float], list[list[dict]]]:
     """`samples` responses to every (prepared) problem. Returns metrics, and per problem its completions as records.
 
     mean: share of correct responses, averaged over problems, and its standard error over problems (`mean_se`).
@@ -305,9 +311,9 @@ def evaluate(model: Transformer, problems: list[Problem], tokenizer: Tokenizer, 
     with tqdm(total=len(problems) * samples, desc=progress or None, disable=not progress, unit="row", leave=False, dynamic_ncols=True) as bar:
         done = [0]
 
-        def advance(rows, tokens):
+        def advance(tokens):
             done[0] += tokens
-            bar.update(rows)
+            bar.update()
             bar.set_postfix_str(f"{done[0] / max(bar.format_dict['elapsed'], 1e-9):.0f} tokens/s", refresh=False)
         groups = sample(model, [p.prompt for p in problems], samples, max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k,
                         stop_ids=tokenizer.stop_ids, seed=seed, max_rows=max_rows, progress=advance)
@@ -319,7 +325,7 @@ def evaluate(model: Transformer, problems: list[Problem], tokenizer: Tokenizer, 
         for ids, n, finished, r, ok in zip(group.responses, group.lengths.tolist(), group.finished.tolist(), group.rewards.tolist(), group.correct.tolist()):
             text = tokenizer.decode(ids[:n])
             records.append({"response": text, "answer": extract_answer(text), "correct": ok, "reward": r, "finished": finished, "tokens": n,
-                            "lenient": ok or (extract_answer(text) is None and last_number(text) == canonical(problem.answer))})
+                            "correct_by_last_number": ok or (extract_answer(text) is None and last_number(text) == canonical(problem.answer))})
         completions.append(records)
         shares.append(right / samples)
         for k in ks:
@@ -331,7 +337,7 @@ def evaluate(model: Transformer, problems: list[Problem], tokenizer: Tokenizer, 
     spread = float(np.std(shares, ddof=1)) if len(shares) > 1 else float("nan")
     metrics = {"mean": share(shares), "mean_se": spread / math.sqrt(len(shares)), **{f"pass@{k}": share(passes[k]) for k in ks},
                "maj": share(majority), "truncated": share([not r["finished"] for r in rows]), "no_answer": share([r["answer"] is None for r in rows]),
-               "last_number": share([r["lenient"] for r in rows]), "tokens": share([r["tokens"] for r in rows])}
+               "last_number": share([r["correct_by_last_number"] for r in rows]), "tokens": share([r["tokens"] for r in rows])}
     return metrics, completions
 
 
@@ -340,7 +346,7 @@ def main():
     flag = parser.add_argument
     flag("--model", required=True, help="Hugging Face model folder")
     flag("--data", required=True, help="problems: .jsonl, .jsonl.gz or .json")
-    flag("--samples", type=int, default=1, help="responses per problem, K")
+    flag("--samples", type=int, default=1, help="responses per problem")
     flag("--temperature", type=float, default=None, help="0: greedy (default: 0 with one sample, else 1)")
     flag("--top-p", type=float, default=1.0, help="sample from the likeliest tokens that make up this mass")
     flag("--top-k", type=int, default=0, help="sample from this many likeliest tokens; 0: all")

@@ -196,7 +196,7 @@ def test_metric_sums_of_a_hand_made_group():
 GOLD_FIRST = torch.tensor([True, False])
 ONE_CHANGE = [  # switch, value, rows whose gradient changes (row 0 is gold, A > 0; row 1 is not, A < 0)
     ("gold_old", "one", [0]), ("gold_clip", 1e-3, [0]), ("clip_low", 3e-4, [1]), ("clip_high", 0.3, []), ("level", "token", [0, 1]),
-    ("aggregation", "token_mean", [0, 1]), ("aggregation", "fixed_length", [0, 1]), ("kl_coef", 0.1, [0, 1]),
+    ("aggregation", "token_mean", [0, 1]), ("aggregation", "fixed_length", [0, 1]), ("kl_coef", 0.1, [1]),
     ("scale", "none", []), ("gold_when", "never", []), ("gold_slot", "first", [])]
 
 

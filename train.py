@@ -40,7 +40,7 @@ class Config:
     """One field, one flag, one line of --help. The switches of gcpo.Algorithm are flags as well."""
     model: str = switch(None, "Hugging Face model folder (without --model and --data: the toy)")
     data: str = switch(None, "training problems: .jsonl, .jsonl.gz or .json")
-    eval_data: str = switch(None, "held-out problems, evaluated before, during and after training")
+    eval_data: str = switch(None, "held-out problems, evaluated before and after training and every --eval-every steps")
     out: str = switch(None, "folder for model, logs and samples (default: a new one under runs/)")
     algo: str = switch("gcpo", "preset of the switches below", tuple(ALGORITHMS))
     steps: int = switch(200, "training steps: batches of rollouts")
@@ -82,7 +82,7 @@ def compute_copy(model: Transformer, dtype: torch.dtype) -> Transformer:
         return model
     with torch.device("meta"):
         copy = Transformer(model.config)
-    copy = copy.to_empty(device=model.norm.weight.device).to(dtype)
+    copy = copy.to(dtype).to_empty(device=model.norm.weight.device)
     for master, p in zip(model.parameters(), copy.parameters()):
         def move(p, master=master):
             master.grad = p.grad.float() if master.grad is None else master.grad.add_(p.grad)
@@ -118,16 +118,19 @@ class Item:
 
 def passes(items: list[Item], config: Config) -> list[list[Item]]:
     """Whole groups that go through the network together: as many as `rows_per_pass` holds, and at least one."""
-    size = max(1, config.rows_per_pass // max(len(i.group.lengths) for i in items)) if items else 1
+    size = max(1, config.rows_per_pass // max((len(i.group.lengths) for i in items), default=1))
     return [items[i:i + size] for i in range(0, len(items), size)]
+
+
+def table(xs: list[torch.Tensor]) -> torch.Tensor:
+    """Tensors (N_i, T_i) below each other, right-padded to the widest."""
+    width = max(x.shape[1] for x in xs)
+    return torch.cat([torch.nn.functional.pad(x, (0, width - x.shape[1])) for x in xs])
 
 
 def row_passes(items: list[Item], config: Config, device: torch.device):
     """The rows of some groups, below each other, `rows_per_pass` at a time, on the device: tensors (N, T) and (N,) by name.
     `owner` is the group a row belongs to."""
-    def table(xs):
-        width = max(x.shape[1] for x in xs)
-        return torch.cat([torch.nn.functional.pad(x, (0, width - x.shape[1])) for x in xs])
     groups = [i.group for i in items]
     rows = {name: torch.cat([getattr(g, name) for g in groups]) for name in ("lengths", "is_gold")}
     rows |= {name: table([getattr(g, name) for g in groups]) for name in ("responses", "logprobs", "mask")}
@@ -168,20 +171,20 @@ def score(policy: Transformer, items: list[Item], config: Config, temperature: f
     scores = []
     for batch in passes(items, config):
         prefix = encode_prompts(policy, [i.group.prompt for i in batch])
-        logprobs = [row for rows in row_passes(batch, config, policy.norm.weight.device)
-                    for row in score_responses(policy, prefix, rows["owner"], rows["responses"], rows["lengths"], temperature)[0].cpu()]
-        for item in batch:
-            G, T = item.group.responses.shape
-            scores.append(torch.stack([torch.nn.functional.pad(row, (0, max(0, T - len(row))))[:T] for row in logprobs[:G]]))
-            logprobs = logprobs[G:]
+        parts = [score_responses(policy, prefix, rows["owner"], rows["responses"], rows["lengths"], temperature)[0].cpu()
+                 for rows in row_passes(batch, config, policy.norm.weight.device)]
+        for item, logprobs in zip(batch, table(parts).split([len(i.group.lengths) for i in batch])):
+            T = item.group.responses.shape[1]
+            scores.append(torch.nn.functional.pad(logprobs, (0, max(0, T - logprobs.shape[1])))[:, :T])
     return scores
 
 
 def update(model: Transformer, compute: Transformer, optimizer, items: list[Item], algorithm: Algorithm, config: Config) -> tuple[Counter, float | None]:
-    """One step of the optimizer. Returns the metric sums and the gradient norm before clipping, None if no step was taken.
+    """One step of the optimizer. Returns the metric sums and the gradient norm before clipping, or None where no group has contrast.
 
     Denominators count every row and token of these groups. A group without contrast has no gradient and costs nothing,
-    but counts. Where no group has any, weights and moments stay as they are: momentum must not move them."""
+    but counts. Where no group has any, weights and moments stay as they are: momentum must not move them. Nor
+    is there a step on a gradient that is not finite; its norm is returned."""
     total_rows = sum(len(i.group.lengths) for i in items)
     total_tokens = sum(int(i.group.lengths.sum()) for i in items)
     sums = Counter()
@@ -205,7 +208,7 @@ def train(config: Config, algorithm: Algorithm, model: Transformer, compute: Tra
     """The whole run. Returns the metrics of the first and the last evaluation."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=True)
     reference = load_model(config.model, compute.norm.weight.device, compute.norm.weight.dtype) if algorithm.kl_coef > 0 else None
-    start = [p.detach().to("cpu", torch.bfloat16, copy=True) for p in model.parameters()]
+    start = [p.detach().to(torch.bfloat16, copy=True) for p in model.parameters()]
     before = after = evaluation(compute, held_out, tokenizer, config, reward)
     log("metrics", {"step": 0, **before})
 
@@ -229,13 +232,14 @@ def train(config: Config, algorithm: Algorithm, model: Transformer, compute: Tra
 
         minibatches = [items[len(items) * i // config.updates:len(items) * (i + 1) // config.updates] for i in range(config.updates)]
         live = [i for i in items if i.has_contrast]
+        # SFT has no π_old: its ratio is 1 by definition, so that its gradient is the likelihood's.
         later = [i for batch in minibatches[1:] for i in batch if i.has_contrast] if algorithm.train_on == "rollouts" else []
         for item, logprobs in zip(later, score(compute, later, config, config.temperature)):
             item.old_logprobs = logprobs                                        # π_old, before the first update moves the weights
         for item, logprobs in zip(live, score(reference, live, config, config.temperature) if reference else []):
             item.ref_logprobs = logprobs
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, config)
+        for param_group in optimizer.param_groups:
+            param_group["lr"] = learning_rate(step, config)
         sums, norms = Counter(), []
         for batch in minibatches:
             batch_sums, norm = update(model, compute, optimizer, batch, algorithm, config)
@@ -316,15 +320,15 @@ def update_metrics(sums: Counter, norms: list[float | None]) -> dict:
         "update/skipped": mean(n is None for n in norms), "update/not_finite": mean(n is not None and not math.isfinite(n) for n in norms),
         "policy/ratio": over("policy_ratio", "policy_tokens"), "policy/clip_fraction": over("policy_clipped", "policy_tokens"),
         "policy/approx_kl": over("approx_kl", "policy_tokens"), "policy/entropy": over("entropy", "policy_tokens"),
-        "policy/ref_kl": over("ref_kl", "ref_tokens"), "sampler/mismatch": over("mismatch", "policy_tokens"),
+        "policy/ref_kl": over("ref_kl", "policy_tokens"), "sampler/mismatch": over("mismatch", "policy_tokens"),
         "gold/logprob": over("gold_logprob", "gold_tokens"), "gold/ratio": over("gold_ratio", "gold_tokens"),
         "gold/clip_fraction": over("gold_clipped", "gold_tokens")}
 
 
 def bf16_changed(model: Transformer, start: list[torch.Tensor]) -> float:
     """Share of weights whose value in bf16 differs from the start's: only these can change a bf16 forward pass."""
-    changed = sum(int((p.detach().to("cpu", torch.bfloat16) != s).sum()) for p, s in zip(model.parameters(), start))
-    return changed / sum(s.numel() for s in start)
+    changed = sum((p.detach().to(torch.bfloat16) != s).sum() for p, s in zip(model.parameters(), start))
+    return float(changed) / sum(s.numel() for s in start)
 
 
 def sample_record(step: int, items: list[Item], tokenizer: Tokenizer) -> dict:
@@ -335,13 +339,13 @@ def sample_record(step: int, items: list[Item], tokenizer: Tokenizer) -> dict:
     g, columns = item.group, ("rewards", "correct", "is_gold", "finished", "lengths")
     rows = [{"text": tokenizer.decode(ids[:n]), "advantage": a} | {c: v for c, v in zip(columns, values)} for ids, n, a, *values in
             zip(g.responses, g.lengths.tolist(), item.advantages.tolist(), *(getattr(g, c).tolist() for c in columns))]
-    return {"step": step, "source": item.problem.source, "question": item.problem.question, "answer": item.problem.answer, "responses": rows}
+    return {"step": step, "source": item.problem.source, "question": item.problem.question, "reference": item.problem.answer, "responses": rows}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The toy
 
-# A model with random weights that never solves a problem, and problems that luck does not solve: an answer is one of 1,000.
+# A model with random weights that never solves a problem, and problems that luck does not solve: a code has three digits.
 TOY = dict(steps=240, prompts=32, group_size=4, max_new_tokens=24, updates=4, lr=2.5e-3, lr_end=0.05, warmup=10, eval_every=25, eval_limit=0,
            instruction="", dtype="float32", threads=1, rows_per_pass=64)
 TOY_NAMES = ("Ann", "Ben", "Eva", "Ian", "Kim", "Leo", "Mia", "Sam")
@@ -362,7 +366,7 @@ def build_toy(folder: str, seed: int) -> dict:
     """Write the toy's model folder, train.jsonl and held_out.jsonl, all following from `seed`. Returns their paths as settings."""
     rng = random.Random(seed)
     locks = list(itertools.product(range(1, 10), repeat=3))
-    rng.shuffle(locks)  # the held-out locks never stand in the train file, under no name
+    rng.shuffle(locks)  # the held-out locks never stand in the train file, under any name
     held_out = [toy_problem(rng.choice(TOY_NAMES), lock) for lock in locks[:TOY_HELD_OUT]]
     problems = [toy_problem(name, lock) for lock in locks[TOY_HELD_OUT:] for name in TOY_NAMES]
     rng.shuffle(problems)
@@ -401,9 +405,13 @@ def build_toy(folder: str, seed: int) -> dict:
 # ---------------------------------------------------------------------------------------------------------------------
 # The command line
 
+BF16_RATIO_NOISE = 0.005  # of a sequence ratio over ~100 tokens, measured on SmolLM2-135M
+
 def parse_flags(argv: list[str] | None = None) -> tuple[Config, Algorithm, dict]:
     """Config and Algorithm from the command line, and the flags that were given by hand."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], argument_default=argparse.SUPPRESS)
+
+    settings, switches = parser.add_argument_group("settings"), parser.add_argument_group("switches of the algorithm (default: the preset's)")
 
     def optional(kind):
         return lambda text: None if text.lower() == "none" else kind(text)
@@ -413,11 +421,11 @@ def parse_flags(argv: list[str] | None = None) -> tuple[Config, Algorithm, dict]
         text = spec.metadata["help"].replace("%", "%%")
         if default is False:
             return group.add_argument(name, action="store_true", help=text)
+        # Annotations are text here (from __future__ import annotations).
         kind = {"int": int, "float": float, "str": str}.get(spec.type, optional(float))
         group.add_argument(name, type=kind, choices=choices, metavar=None if choices else spec.type.split(" ")[0].upper(),
                            help=text if group is switches or default is None else f"{text} (default {default})")
 
-    settings, switches = parser.add_argument_group("settings"), parser.add_argument_group("switches of the algorithm (default: the preset's)")
     for spec in fields(Config):
         add(settings, spec)
     for spec in fields(Algorithm):
@@ -436,7 +444,10 @@ def parse_flags(argv: list[str] | None = None) -> tuple[Config, Algorithm, dict]
     try:
         algorithm = replace(ALGORITHMS[config.algo], **{k: v for k, v in given.items() if k not in names})
     except ValueError as e:
-        raise InputError(f"--{str(e).replace('_', '-', 1)}") from None
+        name, _, rest = str(e).partition("=")
+        raise InputError(f"--{name.replace('_', '-')} {rest}") from None
+    if config.group_size == 1 and algorithm.train_on == "rollouts":
+        raise InputError("--group-size 1: a group of one has no contrast; use 2 or more")
     if config.updates > 1 and algorithm.level == "sequence" and max(algorithm.clip_low, algorithm.clip_high) < BF16_RATIO_NOISE:
         if config.dtype == "auto":
             config = replace(config, dtype="float32")  # rounding alone would clip nearly every sequence
@@ -444,9 +455,6 @@ def parse_flags(argv: list[str] | None = None) -> tuple[Config, Algorithm, dict]
             print(f"warning: in bfloat16 a sequence ratio carries about {BF16_RATIO_NOISE} of rounding noise, more than the clip range; "
                   "use --dtype float32 or wider --clip-low and --clip-high", file=sys.stderr)
     return config, algorithm, given
-
-
-BF16_RATIO_NOISE = 0.005  # of a sequence ratio over ~100 tokens, measured on SmolLM2-135M
 
 
 def check(config: Config) -> None:
@@ -463,8 +471,6 @@ def check(config: Config) -> None:
         raise InputError(f"--correct-at {config.correct_at}: must be finite")
     if config.updates > config.prompts:
         raise InputError(f"--updates {config.updates}: each update needs a group, and there are --prompts {config.prompts}")
-    if config.group_size == 1 and ALGORITHMS[config.algo].train_on == "rollouts":
-        raise InputError("--group-size 1: a group of one has no contrast; use 2 or more")
     if config.out and os.path.exists(config.out) and (not os.path.isdir(config.out) or os.listdir(config.out)):
         raise InputError(f"--out {config.out}: there is something already; name another folder or remove it")
 
@@ -480,7 +486,8 @@ def fresh_folder(stem: str) -> str:
 
 def as_command(config: Config, given: dict) -> str:
     """The run as one command, whatever chose its settings."""
-    settings = {f.name: getattr(config, f.name) for f in fields(Config) if getattr(config, f.name) != f.default or f.name == "algo"}
+    settings = {f.name: getattr(config, f.name) for f in fields(Config)
+                if f.name != "out" and (getattr(config, f.name) != f.default or f.name == "algo")}  # run again, it finds a folder of its own
     settings |= {k: v for k, v in given.items() if k not in asdict(config)}
     words = ["python", "train.py"]
     for name, value in settings.items():
@@ -534,6 +541,9 @@ def main():
         raise
     compute = compute_copy(model, pick_dtype(config.dtype, device))
     with_gold = sum(p.gold_ids is not None for p in problems)
+    if not with_gold and algorithm.gold_when != "never":
+        print(f"warning: no problem of {config.data} has gold, so this run is {algorithm.name} without it; --answer-only-gold makes gold of bare answers",
+              file=sys.stderr)
     if shared := {str(p.question) for p in problems} & {str(p.question) for p in held_out}:
         print(f"warning: {len(shared)} of the held-out questions stand in {config.data} too, one is {min(shared)[:60]!r}", file=sys.stderr)
 

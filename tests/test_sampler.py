@@ -298,9 +298,9 @@ def test_bookkeeping(small_model, alone, order, G, max_rows, stops, prefill_toke
     reports = []
     with mock.patch.object(sampler, "PREFILL_TOKENS", prefill_tokens):
         groups = sample(small_model, [prompts[i] for i in order], G, 6, stop_ids=stops, seed=8, prompt_ids=order, max_rows=max_rows,
-                        progress=lambda rows, tokens: reports.append((rows, tokens)))
+                        progress=reports.append)
     assert texts(groups) == [[through_first_stop(row, stops) for row in expected[i][:G]] for i in order]
-    assert np.sum(reports, axis=0).tolist() == [G * len(order), sum(map(len, rows_of(groups)))]
+    assert [len(reports), sum(reports)] == [G * len(order), sum(map(len, rows_of(groups)))]
 
 
 @hypothesis.settings(deadline=None, max_examples=25, derandomize=True, database=None)
@@ -559,9 +559,9 @@ def test_metrics_worked_out_by_hand(monkeypatch):
     }, abs=1e-12)
     assert [[r["response"] for r in records] for records in completions] == [responses for _, responses in HAND_MADE]
     assert completions[1][3] == {"response": "the answer is 0.50", "answer": "1/2", "correct": True, "reward": 1.0,
-                                 "finished": True, "tokens": 4, "lenient": True}
+                                 "finished": True, "tokens": 4, "correct_by_last_number": True}
     assert completions[0][3] == {"response": "it is 5", "answer": None, "correct": False, "reward": 0.0,
-                                 "finished": False, "tokens": 4, "lenient": True}
+                                 "finished": False, "tokens": 4, "correct_by_last_number": True}
 
 
 def test_correct_is_what_reaches_the_threshold(monkeypatch):
