@@ -286,3 +286,20 @@ def test_default_learning_rate_moves_a_real_model():
 def test_toy_defaults_are_flags():
     """Forbids a toy setting that no flag can change."""
     assert set(TOY) <= {f for f in Config.__dataclass_fields__}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The README
+
+def test_readme_names_every_metric_every_preset_and_the_right_line_counts(toy, tmp_path):
+    """Forbids a metric without its sentence, a preset without its paper, and a reading order with old numbers."""
+    with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as f:
+        readme = f.read()
+    written = {key for row in metrics_of(on_toy(toy, tmp_path / "run", "--eval-samples", "2")) for key in row if key != "step"}
+    explained = {"groups/mixed": "`mixed`", "groups/all_right": "`all_right`"}
+    explained |= {key: "`eval/pass@k`" for key in written if key.startswith("eval/pass@")}
+    assert not {key for key in written if explained.get(key, f"`{key}`") not in readme}
+    assert all(f"| `{name}` |" in readme for name in ALGORITHMS)
+    for name in ("gcpo.py", "sampler.py", "model.py", "data.py", "train.py", "test_gcpo.py"):
+        with open(os.path.join(ROOT, name), encoding="utf-8") as f:
+            assert f"| `{name}` | {sum(1 for _ in f)} |" in readme
