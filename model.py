@@ -33,13 +33,25 @@ class InputError(Exception):
     """Something the user gave us cannot be used. The message is one line that says what, where and what to do."""
 
 
-def exit_on_input_error(main) -> None:
-    """Run a program; an InputError becomes one line on stderr and exit status 2."""
+def exit_cleanly(main) -> None:
+    """Run a program; what a user can cause ends in one line on stderr and a status: 2 for bad input, 130 for Ctrl-C."""
+    status = 0
     try:
         main()
     except InputError as e:
-        print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
-        sys.exit(2)
+        message, status = f"error: {' '.join(str(e).split())}", 2
+    except KeyboardInterrupt:
+        message, status = "interrupted: logs and saved models are whole up to the last step that was logged", 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # whoever read our output has gone; so may we
+        status = 1
+    except RuntimeError as e:  # torch.OutOfMemoryError is one, and on a CPU there is no class of its own
+        if not isinstance(e, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(e):
+            raise
+        message, status = "error: out of memory; lower --rows-per-pass (updates), --rows (sampling) or --max-new-tokens", 2
+    if status > 1:
+        print("\n" * (status == 130) + message, file=sys.stderr)
+    sys.exit(status)
 
 
 def pick_device(name: str) -> torch.device:

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from data import Problem, Tokenizer, extract_answer, grade, grade_group, last_number, canonical, load_reward, load_tokenizer, prepare, read_problems
 from gcpo import Group
-from model import InputError, Transformer, encode_prompts, exit_on_input_error, load_model, pick_device, pick_dtype
+from model import InputError, Transformer, encode_prompts, exit_cleanly, load_model, pick_device, pick_dtype
 
 PREFILL_TOKENS = 4096        # prompts that enter together run together, up to so many tokens
 CPU_CACHE_BYTES = 4 * 2**30  # a fixed budget, so that the same command always makes the same batches
@@ -418,4 +418,4 @@ def write_jsonl(path: str, records) -> int:
 
 
 if __name__ == "__main__":
-    exit_on_input_error(main)
+    exit_cleanly(main)

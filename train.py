@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from data import Problem, Tokenizer, grade_group, load_reward, load_tokenizer, prepare, read_problems
 from gcpo import ALGORITHMS, Algorithm, Group, gold_group, group_advantages, policy_loss, substitute_gold, switch
-from model import (InputError, Transformer, encode_prompts, exit_on_input_error, load_model, pick_device, pick_dtype, read_config, save_model,
+from model import (InputError, Transformer, encode_prompts, exit_cleanly, load_model, pick_device, pick_dtype, read_config, save_model,
                    score_responses)
 from sampler import evaluate, prompt_generator, rows_that_fit, sample
 
@@ -585,4 +585,4 @@ def main():
 
 
 if __name__ == "__main__":
-    exit_on_input_error(main)
+    exit_cleanly(main)

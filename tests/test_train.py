@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 import train
 from data import grade, load_tokenizer, prepare, read_problems
 from gcpo import ALGORITHMS, Group
-from model import InputError, load_model, save_model, token_logprobs
+from model import InputError, exit_cleanly, load_model, save_model, token_logprobs
 from train import TOY, Config, Item, batch_indices, build_toy, compute_copy, learning_rate, refresh, rollout_metrics, update_metrics
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -251,6 +251,21 @@ def test_exit_status_is_2_without_traceback(tmp_path):
         done = subprocess.run([sys.executable, os.path.join(ROOT, "train.py"), *flags], cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 2 and "Traceback" not in done.stderr and done.stdout == ""
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("error, status, words", [
+    (InputError("two\nlines"), 2, "error: two lines"), (KeyboardInterrupt(), 130, "interrupted"),
+    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), 2, "--rows-per-pass"), (torch.OutOfMemoryError("CUDA"), 2, "--rows-per-pass")])
+def test_what_a_user_can_cause_ends_in_one_line(capsys, error, status, words):
+    """Forbids a traceback for bad input, Ctrl-C or a full memory; any other error is ours and keeps its traceback."""
+    def fails(e):
+        raise e
+    with pytest.raises(SystemExit) as exit_:
+        exit_cleanly(lambda: fails(error))
+    printed = capsys.readouterr().err.strip()
+    assert exit_.value.code == status and words in printed and "\n" not in printed
+    with pytest.raises(RuntimeError):
+        exit_cleanly(lambda: fails(RuntimeError("a bug")))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
