@@ -227,7 +227,6 @@ def rows_that_fit(model: Transformer, group_size: int, longest_prompt: int, max_
     return max(group_size, min(256, int(budget / row)))
 
 
-@torch.inference_mode()
 def sample(model: Transformer, prompts: list[Tensor], group_size: int, max_new_tokens: int, *, temperature: float = 1.0,
            top_p: float = 1.0, top_k: int = 0, stop_ids, seed, prompt_ids=None, max_rows: int | None = None, progress=None) -> list[Group]:
     """A Group of `group_size` responses for each prompt (P,), in the order given, on the CPU, not yet graded.
@@ -242,12 +241,26 @@ def sample(model: Transformer, prompts: list[Tensor], group_size: int, max_new_t
         return []
     if min(len(p) for p in prompts) < 1 or G < 1 or max_new_tokens < 1 or not 0 <= temperature < math.inf:
         raise ValueError("sample: needs prompts of a token or more, group_size and max_new_tokens of 1 or more, temperature of 0 or more")
+    responses = run_to_the_end(model, prompts, ids, G, max_new_tokens, lambda logits, u: choose(logits, u, temperature, top_p, top_k),
+                               stop_ids, seed, max_rows, progress)
+
+    def group(prompt, rows):
+        tokens, logprobs, finished = zip(*rows)
+        pad = lambda xs: torch.nn.utils.rnn.pad_sequence(xs, batch_first=True)
+        no = torch.zeros(G, dtype=torch.bool)
+        return Group(prompt.cpu(), pad(tokens), torch.tensor([len(t) for t in tokens]), torch.tensor(finished), pad(logprobs),
+                     no, torch.zeros(G), no.clone())
+    return [group(prompt, rows) for prompt, rows in zip(prompts, responses)]
+
+
+@torch.inference_mode()
+def run_to_the_end(model, prompts, ids, G, max_new_tokens, select, stop_ids, seed, max_rows, progress) -> list[list[tuple]]:
+    """The loop of `sample`: for each prompt, the (tokens, logprobs, finished) of its G rows."""
     longest = max(len(p) for p in prompts)
     rows = min(len(prompts), max(1, (max_rows or rows_that_fit(model, G, longest, max_new_tokens)) // G)) * G
     seats = min(len(prompts), 2 * rows // G)               # more than G rows each would fill: a prompt may be down to its last row
     batch = Batch(model, rows, seats, G, longest, max_new_tokens)
     stops = torch.tensor(sorted(stop_ids), device=batch.device)
-    select = lambda logits, u: choose(logits, u, temperature, top_p, top_k)
     check_every = 1 if batch.device.type == "cpu" else 16  # asking a GPU whether a row has ended makes it wait for us
     responses = [[None] * G for _ in prompts]              # (tokens, logprobs, finished) of each row, once it has ended
     waiting, seen = deque(range(len(prompts))), Counter()
@@ -281,14 +294,7 @@ def sample(model: Transformer, prompts: list[Tensor], group_size: int, max_new_t
             continue                                       # a waiting prompt may enter now
         for _ in range(min(check_every, max_new_tokens - max(batch.count))):
             batch.decode(select, stops)
-
-    def group(prompt, rows):
-        tokens, logprobs, finished = zip(*rows)
-        pad = lambda xs: torch.nn.utils.rnn.pad_sequence(xs, batch_first=True)
-        no = torch.zeros(G, dtype=torch.bool)
-        return Group(prompt.cpu(), pad(tokens), torch.tensor([len(t) for t in tokens]), torch.tensor(finished), pad(logprobs),
-                     no, torch.zeros(G), no.clone())
-    return [group(prompt, rows) for prompt, rows in zip(prompts, responses)]
+    return responses
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -251,6 +251,14 @@ def test_a_prompt_that_comes_twice_gets_two_groups(precise_model):
     assert len(set(map(str, draw(3)))) == 3
 
 
+def test_groups_can_be_trained_on(model):
+    """Forbids tensors of inference mode in a Group: a loss written by hand over its logprobs and mask must have a backward."""
+    group, = sample(model, some_prompts([4]), 3, 5, stop_ids=[1], seed=0)
+    weights = torch.ones_like(group.logprobs, requires_grad=True)
+    torch.where(group.mask, weights * group.logprobs, 0.0).sum().div(group.lengths.sum()).backward()
+    assert torch.equal(weights.grad != 0, group.mask)
+
+
 def test_seeds_name_streams(model):
     """Forbids a seed, or a step, that is ignored, and a call that gives something else when it is repeated."""
     draw = lambda seed: sample(model, some_prompts(), 3, 12, stop_ids=STOPS, seed=seed)
