@@ -11,7 +11,6 @@ Needs transformers (pip install transformers) for the peer.
 import argparse
 import contextlib
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -230,14 +229,13 @@ def bench_memory(args, argv):
 
 def memory_child(args, problems, tokenizer, device, dtype):
     """One update on made-up responses of full length. Both sides: weights in the compute dtype, gradients, no optimizer."""
-    peak = lambda: torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     generator = torch.Generator().manual_seed(0)
     model = load_model(args.model, device, dtype) if args.child == "ours" else peer_model(args, device, dtype)
-    idle, (G, T) = peak(), (args.group_size, args.max_new_tokens)
+    idle, (G, T) = train.peak_bytes(device), (args.group_size, args.max_new_tokens)
     items = items_of([sampler.Group(p.prompt, torch.randint(0, model.config.vocab_size, (G, T), generator=generator), torch.full((G,), T), torch.ones(G, dtype=torch.bool),
                                     torch.zeros(G, T), torch.zeros(G, dtype=torch.bool), torch.zeros(G), torch.zeros(G, dtype=torch.bool)) for p in problems])
     ours_updated(args, model, items) if args.child == "ours" else peer_updated(model, items, device)
-    print(json.dumps({"peak": peak(), "idle": idle}))
+    print(json.dumps({"peak": train.peak_bytes(device), "idle": idle}))
 
 
 def main():

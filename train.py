@@ -250,7 +250,7 @@ def train(config: Config, algorithm: Algorithm, model: Transformer, compute: Tra
         tokens = sum(int(g.lengths.sum()) for g in rollouts or [i.group for i in items])
         metrics = {"step": step + 1, **rollout_metrics(rollouts, items), **update_metrics(sums, norms), "update/lr": learning_rate(step, config),
                    "update/bf16_changed": bf16_changed(model, start), "time/sample": sampled - began, "time/update": updated - sampled,
-                   "time/tokens_per_second": tokens / (updated - began)}
+                   "time/tokens_per_second": tokens / (updated - began), "memory/peak_gib": peak_bytes(compute.norm.weight.device) / 2**30}
         last = step + 1 == config.steps
         if last or (config.eval_every and (step + 1) % config.eval_every == 0):
             after = evaluation(compute, held_out, tokenizer, config, reward)
@@ -323,6 +323,17 @@ def update_metrics(sums: Counter, norms: list[float | None]) -> dict:
         "policy/ref_kl": over("ref_kl", "policy_tokens"), "sampler/mismatch": over("mismatch", "policy_tokens"),
         "gold/logprob": over("gold_logprob", "gold_tokens"), "gold/ratio": over("gold_ratio", "gold_tokens"),
         "gold/clip_fraction": over("gold_clipped", "gold_tokens")}
+
+
+def peak_bytes(device: torch.device) -> float:
+    """Most memory in use so far: what PyTorch has allocated on a GPU, else this process's resident memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return math.nan
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def bf16_changed(model: Transformer, start: list[torch.Tensor]) -> float:
@@ -496,14 +507,16 @@ def as_command(config: Config, given: dict) -> str:
 
 
 def estimated_bytes(model: Transformer, compute: Transformer, config: Config, longest_prompt: int) -> float:
-    """Weights, gradients, Adam's moments, the compute copy, the cache of the rows in flight, one group's activations."""
+    """Weights, gradients, Adam's moments, the compute copy, the start's values (for `bf16_changed`), the cache of the rows in
+    flight, one pass's activations, and the program itself. Activations count twice: allocators keep what was freed."""
     c, size = model.config, compute.norm.weight.element_size()
     n = sum(p.numel() for p in model.parameters())
     rows = min(config.rows or rows_that_fit(compute, config.group_size, longest_prompt, config.max_new_tokens), config.prompts * config.group_size)
     kv = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * size
     tokens = (config.rows_per_pass or config.group_size) * config.max_new_tokens + longest_prompt
     per_layer = 8 * c.hidden_size + 4 * c.intermediate_size + 6 * c.num_attention_heads * c.head_dim
-    return 16 * n + (size * n if compute is not model else 0) + rows * config.max_new_tokens * kv + tokens * c.num_hidden_layers * per_layer * size + 2**28
+    activations = 2 * tokens * c.num_hidden_layers * per_layer * size
+    return 18 * n + (size * n if compute is not model else 0) + rows * config.max_new_tokens * kv + activations + 2**29
 
 
 def read_all(config: Config, algorithm: Algorithm, device: torch.device):
