@@ -18,6 +18,7 @@ from gcpo import (ALGORITHMS, Algorithm, Group, gold_group, group_advantages, kl
 from model import Transformer, read_config, token_logprobs
 from train import Config, Item, compute_copy, update
 
+torch.set_num_threads(1)  # the tensors are tiny: a second thread would only wait
 NAN = float("nan")
 
 # The hand-made group of the golden numbers: two rows, three tokens and two.

@@ -23,15 +23,6 @@ INDEX = "model.safetensors.index.json"
 # ---------------------------------------------------------------------------------------------------------------------
 # Making a good folder, and spoiling it
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The tensors are tiny: a second thread would only wait, and on a busy machine wait long."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def write_json(path, value):
     with open(path, "w", encoding="utf-8") as f:
         json.dump(value, f, indent=1)

@@ -34,15 +34,6 @@ ROPE = {
 # ---------------------------------------------------------------------------------------------------------------------
 # Helpers
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The tensors are tiny: a second thread would only wait, and on a busy machine wait long."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def randomise(network, seed=0):
     """Fill every parameter with numbers that matter to the result."""
     generator = torch.Generator().manual_seed(seed)

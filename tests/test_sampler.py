@@ -37,15 +37,6 @@ STOPS = [0, 7, 21]  # 0 is also what the responses are padded with
 # ---------------------------------------------------------------------------------------------------------------------
 # Helpers
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The tensors are tiny: a second thread would only wait, and on a busy machine wait long."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def write_json(path, value):
     path.write_text(json.dumps(value), encoding="utf-8")
 
