@@ -237,7 +237,7 @@ def read_problems(path: str, answer_format: str = "hash", answer_only_gold: bool
     The gold is the data set's solution with the answer on a last line in `answer_format`, or the record's own `gold`.
     Raises InputError with file and line."""
     if not os.path.isfile(path):
-        raise InputError(f"{path}: no such file")
+        raise InputError(f"{path}: {'is a folder, not a file' if os.path.isdir(path) else 'no such file'}")
     try:
         opened = gzip.open(path, "rb") if path.endswith(".gz") else open(path, "rb")
         with opened as f:

@@ -41,10 +41,12 @@ def exit_cleanly(main) -> None:
     except InputError as e:
         message, status = f"error: {' '.join(str(e).split())}", 2
     except KeyboardInterrupt:
-        message, status = "interrupted: logs and saved models are whole up to the last step that was logged", 130
+        message, status = "interrupted", 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # whoever read our output has gone; so may we
         status = 1
+    except OSError as e:
+        message, status = f"error: {e.filename or 'a file'}: {e.strerror or e}", 2
     except RuntimeError as e:  # torch.OutOfMemoryError is one, and on a CPU there is no class of its own
         if not isinstance(e, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(e):
             raise
@@ -60,7 +62,7 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.empty(1, device=device).item()
         return device
     except (RuntimeError, AssertionError, NotImplementedError) as e:
         raise InputError(f"--device {name}: cannot be used ({str(e).splitlines()[0]})") from None
@@ -128,6 +130,8 @@ def read_config(folder: str) -> ModelConfig:
 
     Raises InputError for everything this file would compute wrongly, by name, before any weight is read.
     """
+    if not os.path.isdir(folder):
+        raise InputError(f"{folder}: no such folder; --model wants a Hugging Face model folder on this machine (hf download NAME --local-dir DIR)")
     path = os.path.join(folder, "config.json")
     if not os.path.isfile(path):
         raise InputError(f"{folder}: no config.json there; --model wants a Hugging Face model folder")

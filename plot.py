@@ -1,6 +1,6 @@
 """Draw the curves of one or several runs: python plot.py runs/toy-gcpo runs/toy-grpo --out curves.png
 
-Needs matplotlib (pip install matplotlib); nothing else in the project does. Reads only metrics.jsonl and run.json.
+Needs matplotlib (pip install matplotlib); nothing else in the project does. Reads only metrics.jsonl.
 """
 import argparse
 import json
@@ -14,6 +14,11 @@ PANELS = [  # title, metric, whether it is a share
 COLOURS = ("#0060b0", "#d55e00", "#009e73", "#cc79a7", "#7a5195", "#8c6d1f", "#404040")
 
 
+def fail(message):
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
 def read_run(folder):
     """(label, metrics by step) of a run's folder."""
     path = os.path.join(folder, "metrics.jsonl")
@@ -21,7 +26,7 @@ def read_run(folder):
         with open(path, encoding="utf-8") as f:
             rows = [json.loads(line) for line in f if line.endswith("\n")]  # the last line may still be in the writing
     except (OSError, ValueError) as e:
-        sys.exit(f"error: {path}: cannot be read ({e})")
+        fail(f"{folder}: not the folder of a run ({getattr(e, 'strerror', None) or e})")
     return os.path.basename(os.path.abspath(folder)), rows
 
 
@@ -38,14 +43,18 @@ def main():
     parser.add_argument("--panels", type=int, default=len(PANELS), help="only the first so many panels")
     parser.add_argument("--smooth", type=int, default=9, help="steps in the moving mean of what is measured at every step")
     args = parser.parse_args()
+    if not args.out.endswith((".png", ".svg")) or not os.path.isdir(os.path.dirname(args.out) or "."):
+        fail(f"--out {args.out}: must end in .png or .svg, in a folder that exists")
+    if args.smooth < 1 or args.panels < 1:
+        fail("--smooth and --panels must be 1 or more")
     try:
         import matplotlib
     except ImportError:
-        sys.exit("error: plot.py needs matplotlib: pip install matplotlib")
+        fail("plot.py needs matplotlib: pip install matplotlib")
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    runs, panels = [read_run(folder) for folder in args.runs], PANELS[:max(1, args.panels)]
+    runs, panels = [read_run(folder) for folder in args.runs], PANELS[:args.panels]
     columns = min(3, len(panels))
     plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "gcpo"})
     figure, axes = plt.subplots(-(-len(panels) // columns), columns, squeeze=False, constrained_layout=True,

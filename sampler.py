@@ -314,7 +314,7 @@ def evaluate(model: Transformer, problems: list[Problem], tokenizer: Tokenizer, 
     pass@k: unbiased, for k = 1, 2, 4, … up to `samples`. maj: share of problems whose commonest answer is right (the
     earliest among equals; a response that names no answer has no vote). truncated: share of responses without an end.
     no_answer: share that name no answer; last_number: share correct if the last number counted where none is named."""
-    with tqdm(total=len(problems) * samples, desc=progress or None, disable=not progress, unit="row", leave=False, dynamic_ncols=True) as bar:
+    with tqdm(total=len(problems) * samples, desc=progress or None, disable=None if progress else True, unit="row", leave=False, dynamic_ncols=True) as bar:
         done = [0]
 
         def advance(tokens):
@@ -396,6 +396,14 @@ def main():
     prepare(problems, tokenizer, args.max_new_tokens, model.config.max_position_embeddings, reward=reward, correct_at=args.correct_at, vocab_size=model.config.vocab_size)
     metrics, completions = evaluate(model, problems, tokenizer, args.samples, args.max_new_tokens, temperature=temperature, top_p=args.top_p,
                                     top_k=args.top_k, seed=args.seed, max_rows=args.rows, reward=reward, correct_at=args.correct_at, progress="sampling")
+    wrote = []  # files first: whoever reads our output may have gone
+    if args.out:
+        rows = ({"question": p.question, "reference": p.answer, **r} for p, records in zip(problems, completions) for r in records)
+        wrote.append(f"wrote {write_jsonl(args.out, rows)} completions to {args.out}")
+    if args.keep_correct:
+        solved = ({"question": p.question, "answer": p.answer, "gold": min(good, key=len)} for p, records in zip(problems, completions)
+                  if (good := [r["response"] for r in records if r["correct"] and r["finished"]]))
+        wrote.append(f"wrote {write_jsonl(args.keep_correct, solved)} solved problems with their gold to {args.keep_correct}")
     k = args.samples
     print(f"{len(problems)} problems x {k} samples, temperature {temperature:g}")
     print(f"mean@{k}      {metrics['mean']:.4f} ± {metrics['mean_se']:.4f} (standard error over problems)")
@@ -404,13 +412,7 @@ def main():
     print(f"maj@{k:<8}{metrics['maj']:.4f}")
     print(f"truncated   {metrics['truncated']:.4f}  no answer {metrics['no_answer']:.4f}  tokens {metrics['tokens']:.1f}")
     print(f"with the last number counted where no answer is named: {metrics['last_number']:.4f}")
-    if args.out:
-        rows = ({"question": p.question, "reference": p.answer, **r} for p, records in zip(problems, completions) for r in records)
-        print(f"wrote {write_jsonl(args.out, rows)} completions to {args.out}")
-    if args.keep_correct:
-        solved = ({"question": p.question, "answer": p.answer, "gold": min(good, key=len)} for p, records in zip(problems, completions)
-                  if (good := [r["response"] for r in records if r["correct"] and r["finished"]]))
-        print(f"wrote {write_jsonl(args.keep_correct, solved)} solved problems with their gold to {args.keep_correct}")
+    print(*wrote, sep="\n", end="\n" if wrote else "")
 
 
 def write_jsonl(path: str, records) -> int:

@@ -19,6 +19,7 @@ import random
 import re
 import shlex
 import shutil
+import signal
 import sys
 import time
 from collections import Counter
@@ -209,10 +210,16 @@ def train(config: Config, algorithm: Algorithm, model: Transformer, compute: Tra
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=True)
     reference = load_model(config.model, compute.norm.weight.device, compute.norm.weight.dtype) if algorithm.kl_coef > 0 else None
     start = [p.detach().to(torch.bfloat16, copy=True) for p in model.parameters()]
-    before = after = evaluation(compute, held_out, tokenizer, config, reward)
+    def evaluated(step):
+        metrics = evaluation(compute, held_out, tokenizer, config, reward)
+        if metrics:
+            tqdm.write(f"step {step}: held-out accuracy {metrics['eval/mean']:.1%}")
+        return metrics
+    before = after = evaluated(0)
     log("metrics", {"step": 0, **before})
 
-    bar = tqdm(range(config.steps), desc=algorithm.name, unit="step", dynamic_ncols=True)
+    in_a_file = {} if sys.stderr.isatty() else {"mininterval": 30}  # a bar that is not watched but kept
+    bar = tqdm(range(config.steps), desc=algorithm.name, unit="step", dynamic_ncols=True, **in_a_file)
     for step in bar:
         began = time.perf_counter()
         chosen = [(i, problems[i]) for i in batch_indices(len(problems), step, config)]
@@ -252,14 +259,14 @@ def train(config: Config, algorithm: Algorithm, model: Transformer, compute: Tra
                    "update/bf16_changed": bf16_changed(model, start), "time/sample": sampled - began, "time/update": updated - sampled,
                    "time/tokens_per_second": tokens / (updated - began), "memory/peak_gib": peak_bytes(compute.norm.weight.device) / 2**30}
         last = step + 1 == config.steps
+        if last or (config.save_every and (step + 1) % config.save_every == 0):
+            save_model(model, os.path.join(config.out, "model" if last else f"step-{step + 1}"), tokenizer.folder)
         if last or (config.eval_every and (step + 1) % config.eval_every == 0):
-            after = evaluation(compute, held_out, tokenizer, config, reward)
+            after = evaluated(step + 1)
             metrics |= after
         log("metrics", metrics)
         log("samples", sample_record(step + 1, items, tokenizer))
-        bar.set_postfix_str(f"reward {metrics.get('reward/mean', math.nan):.3f}, gold {metrics['gold/share']:.2f}, {metrics['time/tokens_per_second']:.0f} tokens/s")
-        if last or (config.save_every and (step + 1) % config.save_every == 0):
-            save_model(model, os.path.join(config.out, "model" if last else f"step-{step + 1}"), tokenizer.folder)
+        bar.set_postfix_str((f"reward {metrics['reward/mean']:.3f}, " if rollouts else "") + f"gold {metrics['gold/share']:.2f}, {metrics['time/tokens_per_second']:.0f} tokens/s")
     return before, after
 
 
@@ -320,7 +327,7 @@ def update_metrics(sums: Counter, norms: list[float | None]) -> dict:
         "update/skipped": mean(n is None for n in norms), "update/not_finite": mean(n is not None and not math.isfinite(n) for n in norms),
         "policy/ratio": over("policy_ratio", "policy_tokens"), "policy/clip_fraction": over("policy_clipped", "policy_tokens"),
         "policy/approx_kl": over("approx_kl", "policy_tokens"), "policy/entropy": over("entropy", "policy_tokens"),
-        "policy/ref_kl": over("ref_kl", "policy_tokens"), "sampler/mismatch": over("mismatch", "policy_tokens"),
+        "policy/ref_kl": over("ref_kl", "policy_tokens") if "ref_kl" in sums else math.nan, "sampler/mismatch": over("mismatch", "policy_tokens"),
         "gold/logprob": over("gold_logprob", "gold_tokens"), "gold/ratio": over("gold_ratio", "gold_tokens"),
         "gold/clip_fraction": over("gold_clipped", "gold_tokens")}
 
@@ -420,7 +427,12 @@ BF16_RATIO_NOISE = 0.005  # of a sequence ratio over ~100 tokens, measured on Sm
 
 def parse_flags(argv: list[str] | None = None) -> tuple[Config, Algorithm, dict]:
     """Config and Algorithm from the command line, and the flags that were given by hand."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], argument_default=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], argument_default=argparse.SUPPRESS, allow_abbrev=False,
+                                     epilog="Without --model and --data the defaults are the toy's: " + ", ".join(f"{k} {v}" for k, v in TOY.items() if v != ""))
+
+    def fail(message):
+        raise InputError(f"{message} (train.py --help lists the flags)")
+    parser.error = fail
 
     settings, switches = parser.add_argument_group("settings"), parser.add_argument_group("switches of the algorithm (default: the preset's)")
 
@@ -456,7 +468,7 @@ def parse_flags(argv: list[str] | None = None) -> tuple[Config, Algorithm, dict]
         algorithm = replace(ALGORITHMS[config.algo], **{k: v for k, v in given.items() if k not in names})
     except ValueError as e:
         name, _, rest = str(e).partition("=")
-        raise InputError(f"--{name.replace('_', '-')} {rest}") from None
+        raise InputError(f"--{name.replace('_', '-')} {rest.replace('gold_old=one', '--gold-old one')}") from None
     if config.group_size == 1 and algorithm.train_on == "rollouts":
         raise InputError("--group-size 1: a group of one has no contrast; use 2 or more")
     if config.updates > 1 and algorithm.level == "sequence" and max(algorithm.clip_low, algorithm.clip_high) < BF16_RATIO_NOISE:
@@ -480,6 +492,8 @@ def check(config: Config) -> None:
             raise InputError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be above 0, and finite")
     if not math.isfinite(config.correct_at):
         raise InputError(f"--correct-at {config.correct_at}: must be finite")
+    if config.seed >= 2**63 or config.threads > 1024:
+        raise InputError(f"--seed {config.seed} or --threads {config.threads}: too large")
     if config.updates > config.prompts:
         raise InputError(f"--updates {config.updates}: each update needs a group, and there are --prompts {config.prompts}")
     if config.out and os.path.exists(config.out) and (not os.path.isdir(config.out) or os.listdir(config.out)):
@@ -542,7 +556,8 @@ def main():
         torch.set_num_threads(config.threads)
     device = pick_device(config.device)
     toy = config.model is None
-    name = "toy" if toy else os.path.basename(os.path.abspath(config.model))
+    folder = os.path.abspath(config.model or "toy")
+    name = os.path.basename(os.path.dirname(folder) if os.path.basename(folder) == "model" else folder)  # runs/NAME/model is NAME
     config = replace(config, out=config.out or fresh_folder(os.path.join("runs", f"{name}-{algorithm.name}")))
     if toy:
         config = replace(config, **build_toy(os.path.join(config.out, "toy"), config.seed))
@@ -555,8 +570,8 @@ def main():
     compute = compute_copy(model, pick_dtype(config.dtype, device))
     with_gold = sum(p.gold_ids is not None for p in problems)
     if not with_gold and algorithm.gold_when != "never":
-        print(f"warning: no problem of {config.data} has gold, so this run is {algorithm.name} without it; --answer-only-gold makes gold of bare answers",
-              file=sys.stderr)
+        why = f"none of its golds can be used, see the notes; first: {complaints[0]}" if complaints else "--answer-only-gold makes gold of bare answers"
+        print(f"warning: no problem of {config.data} has gold, so this run is {algorithm.name} without it; {why}", file=sys.stderr)
     if shared := {str(p.question) for p in problems} & {str(p.question) for p in held_out}:
         print(f"warning: {len(shared)} of the held-out questions stand in {config.data} too, one is {min(shared)[:60]!r}", file=sys.stderr)
 
@@ -584,17 +599,32 @@ def main():
                    "gold_not_used": complaints, "held_out": len(held_out), "python": platform.python_version(), "torch": torch.__version__,
                    "tokenizers": tokenizers.__version__}, f, indent=2)
 
-    before, after = train(config, algorithm, model, compute, tokenizer, problems, held_out, reward, log)
+    def stop(*_):
+        raise KeyboardInterrupt
+    signal.signal(signal.SIGTERM, stop)
+    model_folder = os.path.join(config.out, "model")
+    try:
+        before, after = train(config, algorithm, model, compute, tokenizer, problems, held_out, reward, log)
+    except KeyboardInterrupt:
+        save_model(model, model_folder, tokenizer.folder)
+        print(f"\nstopped; the model as it was is in {model_folder}, the steps that were finished are in {config.out}/metrics.jsonl", file=sys.stderr)
+        raise
     if before:
         k = config.eval_samples
         print(f"held-out accuracy ({len(held_out)} problems, {'greedy' if k == 1 else f'{k} samples each'}): "
               f"before {before['eval/mean']:.1%}, after {after['eval/mean']:.1%}")
-    print(f"model    {os.path.join(config.out, 'model')}\nmetrics  {os.path.join(config.out, 'metrics.jsonl')}   (python plot.py {config.out})\n"
-          f"samples  {os.path.join(config.out, 'samples.jsonl')}")
+    python = sys.orig_argv[0]  # as it was called: .venv/bin/python
+    print(f"model    {model_folder}\nmetrics  {os.path.join(config.out, 'metrics.jsonl')}\nsamples  {os.path.join(config.out, 'samples.jsonl')}")
+    print(f"plot     {shlex.join([python, 'plot.py', config.out])}")
+    if config.eval_data:
+        evaluate_it = [python, "sampler.py", "--model", model_folder, "--data", config.eval_data, "--max-new-tokens", str(config.max_new_tokens)]
+        evaluate_it += ["--instruction", config.instruction] if config.instruction is not None else []
+        evaluate_it += ["--answer-format", "boxed"] if config.answer_format == "boxed" else []
+        print(f"evaluate {shlex.join(evaluate_it)}")
     if toy:
         other = "grpo" if algorithm.name != "grpo" else "gcpo"
-        print(f"next     python train.py --algo {other}        the same weights and budget, {'without' if other == 'grpo' else 'with'} gold\n"
-              f"         python train.py --model DIR --data FILE   your own model and problems")
+        print(f"next     {python} train.py --algo {other}   the same weights and budget, {'without' if other == 'grpo' else 'with'} gold\n"
+              f"         {python} train.py --model DIR --data FILE   your own model and problems")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
 """train.py: whole runs on the toy, what they write, and what they refuse."""
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from dataclasses import replace
 
@@ -225,9 +227,9 @@ def test_save_replaces_a_folder_whole(toy, tmp_path):
 
 @pytest.mark.parametrize("flags, words", [
     (["--model", "{model}"], "--data is missing"), (["--data", "{data}"], "--model is missing"), (["--eval-data", "{data}"], "--eval-data needs"),
-    (["--model", "/nowhere", "--data", "{data}"], "no config.json"), (["--model", "{model}", "--data", "/nowhere.jsonl"], "no such file"),
+    (["--model", "/nowhere", "--data", "{data}"], "no such folder"), (["--model", "{model}", "--data", "/nowhere.jsonl"], "no such file"),
     (["--steps", "0"], "--steps 0"), (["--lr", "nan"], "--lr nan"), (["--temperature", "0"], "--temperature 0"), (["--group-size", "1"], "--group-size 1"),
-    (["--updates", "33"], "--updates 33"), (["--clip-low", "-1"], "--clip-low"), (["--gold-shape", "ratio"], "gold_old=one"),
+    (["--updates", "33"], "--updates 33"), (["--clip-low", "-1"], "--clip-low"), (["--gold-shape", "ratio"], "--gold-old one"), (["--step", "3"], "--step"), (["--seed", "9" * 25], "too large"), (["--device", "meta"], "--device meta"),
     (["--device", "cuda:99"], "--device cuda:99"), (["--reward", "nothing.py:f"], "--reward"), (["--max-new-tokens", "120"], "does not fit"),
     (["--algo", "sft", "--max-new-tokens", "5", "--model", "{model}", "--data", "{data}"], "none that can be used"),
     (["--out", "{occupied}"], "there is something already")])
@@ -251,6 +253,20 @@ def test_exit_status_is_2_without_traceback(tmp_path):
         done = subprocess.run([sys.executable, os.path.join(ROOT, "train.py"), *flags], cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 2 and "Traceback" not in done.stderr and done.stdout == ""
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_keeps_its_model(tmp_path, sent):
+    """Forbids hours lost to Ctrl-C: the model as it was is saved, the log is whole, and one line says where."""
+    out = tmp_path / "run"
+    process = subprocess.Popen([sys.executable, os.path.join(ROOT, "train.py"), "--out", str(out), "--eval-every", "0"], stdout=subprocess.DEVNULL,
+                               stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not (out / "metrics.jsonl").exists() or len((out / "metrics.jsonl").read_text().splitlines()) < 3:
+        time.sleep(0.1)
+    process.send_signal(sent)
+    errors = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and "Traceback" not in errors and f"stopped; the model as it was is in {out}/model" in errors
+    assert load_model(str(out / "model")) and len(metrics_of(out)) >= 3
 
 
 @pytest.mark.parametrize("error, status, words", [
