@@ -217,12 +217,17 @@ def prompt_generator(seed, prompt_id: int, repeat: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(seeds.generate_state(1, np.uint64)[0] >> 1))
 
 
+def cache_bytes_per_token(model: Transformer) -> int:
+    """Keys and values of one token in all layers."""
+    c = model.config
+    return 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * model.embed_tokens.weight.element_size()
+
+
 def rows_that_fit(model: Transformer, group_size: int, longest_prompt: int, max_new_tokens: int) -> int:
     """How many rows to keep in flight, at most 256, so that keys and values fit the memory: per row its own and a share of
     its prompt's (see `seats` in `sample`), a token's id, logprob and uniform, and its logits twice or so."""
-    c, weight = model.config, model.embed_tokens.weight
-    per_token = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * weight.element_size()
-    row = per_token * (max_new_tokens + 2 * longest_prompt / group_size) + 20 * max_new_tokens + 12 * c.vocab_size
+    weight = model.embed_tokens.weight
+    row = cache_bytes_per_token(model) * (max_new_tokens + 2 * longest_prompt / group_size) + 20 * max_new_tokens + 12 * model.config.vocab_size
     budget = CPU_CACHE_BYTES if weight.device.type != "cuda" else 0.6 * torch.cuda.mem_get_info(weight.device)[0]
     return max(group_size, min(256, int(budget / row)))
 

@@ -33,7 +33,7 @@ from data import Problem, Tokenizer, grade_group, load_reward, load_tokenizer, p
 from gcpo import ALGORITHMS, Algorithm, Group, gold_group, group_advantages, policy_loss, substitute_gold, switch
 from model import (InputError, Transformer, encode_prompts, exit_cleanly, load_model, pick_device, pick_dtype, read_config, save_model,
                    score_responses)
-from sampler import evaluate, prompt_generator, rows_that_fit, sample
+from sampler import cache_bytes_per_token, evaluate, prompt_generator, rows_that_fit, sample
 
 
 @dataclass(frozen=True)
@@ -210,11 +210,13 @@ def train(config: Config, algorithm: Algorithm, model: Transformer, compute: Tra
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=True)
     reference = load_model(config.model, compute.norm.weight.device, compute.norm.weight.dtype) if algorithm.kl_coef > 0 else None
     start = [p.detach().to(torch.bfloat16, copy=True) for p in model.parameters()]
+
     def evaluated(step):
         metrics = evaluation(compute, held_out, tokenizer, config, reward)
         if metrics:
             tqdm.write(f"step {step}: held-out accuracy {metrics['eval/mean']:.1%}")
         return metrics
+
     before = after = evaluated(0)
     log("metrics", {"step": 0, **before})
 
@@ -259,9 +261,10 @@ def train(config: Config, algorithm: Algorithm, model: Transformer, compute: Tra
                    "update/bf16_changed": bf16_changed(model, start), "time/sample": sampled - began, "time/update": updated - sampled,
                    "time/tokens_per_second": tokens / (updated - began), "memory/peak_gib": peak_bytes(compute.norm.weight.device) / 2**30}
         last = step + 1 == config.steps
-        if last or (config.save_every and (step + 1) % config.save_every == 0):
+        due = lambda every: last or (every and (step + 1) % every == 0)
+        if due(config.save_every):
             save_model(model, os.path.join(config.out, "model" if last else f"step-{step + 1}"), tokenizer.folder)
-        if last or (config.eval_every and (step + 1) % config.eval_every == 0):
+        if due(config.eval_every):
             after = evaluated(step + 1)
             metrics |= after
         log("metrics", metrics)
@@ -323,7 +326,7 @@ def update_metrics(sums: Counter, norms: list[float | None]) -> dict:
     """Sums over the step's tokens become means: of the policy's own tokens, and of the gold's apart from them."""
     over = lambda name, count: sums[name] / sums[count] if sums[count] else math.nan
     return {
-        "update/loss": sums["loss"] / max(1, len(norms)), "update/grad_norm": mean(n for n in norms if n is not None),
+        "update/loss": sums["loss"] / len(norms), "update/grad_norm": mean(n for n in norms if n is not None),
         "update/skipped": mean(n is None for n in norms), "update/not_finite": mean(n is not None and not math.isfinite(n) for n in norms),
         "policy/ratio": over("policy_ratio", "policy_tokens"), "policy/clip_fraction": over("policy_clipped", "policy_tokens"),
         "policy/approx_kl": over("approx_kl", "policy_tokens"), "policy/entropy": over("entropy", "policy_tokens"),
@@ -526,11 +529,10 @@ def estimated_bytes(model: Transformer, compute: Transformer, config: Config, lo
     c, size = model.config, compute.norm.weight.element_size()
     n = sum(p.numel() for p in model.parameters())
     rows = min(config.rows or rows_that_fit(compute, config.group_size, longest_prompt, config.max_new_tokens), config.prompts * config.group_size)
-    kv = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * size
     tokens = (config.rows_per_pass or config.group_size) * config.max_new_tokens + longest_prompt
     per_layer = 8 * c.hidden_size + 4 * c.intermediate_size + 6 * c.num_attention_heads * c.head_dim
     activations = 2 * tokens * c.num_hidden_layers * per_layer * size
-    return 18 * n + (size * n if compute is not model else 0) + rows * config.max_new_tokens * kv + activations + 2**29
+    return 18 * n + (size * n if compute is not model else 0) + rows * config.max_new_tokens * cache_bytes_per_token(compute) + activations + 2**29
 
 
 def read_all(config: Config, algorithm: Algorithm, device: torch.device):
