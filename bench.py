@@ -24,7 +24,7 @@ import sampler
 import train
 from data import load_tokenizer, prepare, read_problems
 from gcpo import ALGORITHMS
-from model import InputError, Transformer, exit_cleanly, load_model, pick_device, pick_dtype
+from model import InputError, Transformer, exit_cleanly, keep_freed_memory, load_model, pick_device, pick_dtype
 from sampler import sample
 
 
@@ -253,6 +253,7 @@ def main():
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
     parser.add_argument("--child", choices=("ours", "peer"), help=argparse.SUPPRESS)
     args = parser.parse_args()
+    keep_freed_memory()
     if args.what == "memory" and not args.child:
         return bench_memory(args, sys.argv[1:])
     device = pick_device(args.device)

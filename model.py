@@ -14,6 +14,8 @@ that share a key head, d head size, V vocabulary; B prompts, P prompt length; of
 """
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import functools
 import json
 import math
@@ -27,6 +29,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 class InputError(Exception):
@@ -54,6 +57,17 @@ def exit_cleanly(main) -> None:
     if status > 1:
         print("\n" * (status == 130) + message, file=sys.stderr)
     sys.exit(status)
+
+
+def keep_freed_memory() -> None:
+    """What PyTorch does on a GPU: keep large blocks that were freed for the next tensor. glibc hands them back to the system
+    and fetches each page anew, a tenth of an update's time. A no-op where the C library is another."""
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return
+    mallopt(-3, 2**30)      # M_MMAP_THRESHOLD: blocks smaller than this come from the heap …
+    mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: … and the heap keeps so much when it is free
 
 
 def pick_device(name: str) -> torch.device:
@@ -306,6 +320,7 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
+        self.gradient_checkpointing = False  # keep only the blocks' inputs for backward, and run each block again
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -330,7 +345,10 @@ class Transformer(nn.Module):
         angles = torch.cat([angles, angles], dim=-1)
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         for block in self.layers:
-            x = block(x, cos, sin, past or causal_attention)
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, cos, sin, past or causal_attention, use_reentrant=False)
+            else:
+                x = block(x, cos, sin, past or causal_attention)
         return self.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -345,6 +363,33 @@ class Transformer(nn.Module):
             else:
                 nn.init.zeros_(p) if name.endswith("bias") else nn.init.ones_(p)
         return self
+
+
+@contextlib.contextmanager
+def packed_weights(model: Transformer):
+    """Inference on a CPU, with every weight matrix laid out once as oneDNN's products want it.
+
+    Left to itself, each product rearranges its matrix anew, which at a few dozen rows costs up to half of it. Costs one
+    more copy of the weights while it lasts; they must not change meanwhile. Elsewhere this does nothing."""
+    ops, dtype = torch.ops.mkldnn, model.norm.weight.dtype
+    if model.norm.weight.device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16) or not hasattr(ops, "_linear_pointwise") \
+            or dtype == torch.bfloat16 and not ops._is_mkldnn_bf16_supported():
+        yield
+        return
+
+    def product(weight, bias=None):
+        packed = ops._reorder_linear_weight(weight.detach(), 64)     # 64: rows to expect
+        return lambda x: ops._linear_pointwise(x, packed, bias, "none", [], "")
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    for m in layers:
+        m.forward = product(m.weight, m.bias)
+    model.logits = product(model.output_weight)
+    try:
+        yield
+    finally:
+        for m in layers:
+            del m.forward
+        del model.logits
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -365,6 +410,76 @@ def packing(lengths: Tensor, width: int):
     def pack(x):
         return x.transpose(1, 2).flatten(0, 1).index_select(0, place).transpose(0, 1)[None]
     return rows, cols, spread, pack
+
+
+SCORES_AT_ONCE = 2**20  # on a CPU: 4 MiB in fp32, which its caches hold
+
+
+class CachedAttention(torch.autograd.Function):
+    """softmax(q kᵀ / √d + bias) v by bare products, the weights computed again in backward; q (m, K, M, d), k and v (m, K, L, d),
+    bias (m or 1, 1, M, L). On a CPU, a few rows at a time, this takes half the time of scaled_dot_product_attention.
+
+    With p the weights and δ = Σ dL/dout · out of one query, dL/dscores = p (dL/dp − δ) (arXiv 2205.14135, B.2)."""
+    @staticmethod
+    def weights(q, k, bias):
+        return torch.add(bias, q @ k.transpose(2, 3), alpha=q.shape[3]**-0.5).softmax(-1)           # (m, K, M, L), at least fp32
+
+    @staticmethod
+    def forward(ctx, q, k, v, bias):
+        out = CachedAttention.weights(q, k, bias).to(v.dtype) @ v
+        ctx.save_for_backward(q, k, v, bias, out)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, v, bias, out = ctx.saved_tensors
+        weights = CachedAttention.weights(q, k, bias)
+        grad_v = weights.to(v.dtype).transpose(2, 3) @ grad
+        delta = (grad * out).sum(-1, keepdim=True, dtype=weights.dtype)
+        grad_scores = torch.sub(grad @ v.transpose(2, 3), delta).mul_(weights).mul_(q.shape[3]**-0.5).to(q.dtype)
+        return grad_scores @ k, grad_scores.transpose(2, 3) @ q, grad_v, None
+
+
+def ragged_attention(lengths: Tensor, query_heads: int, prompt_lengths: Tensor | None = None, owner: Tensor | None = None):
+    """Causal attention of N rows laid end to end (n tokens in all), each after a prompt of its own if there are prompts.
+
+    lengths (N,) at least 1; prompt_lengths (B,) and owner (N,), the prompt of each row. Returns attend(q, k, v, keys, values)
+    with q (1, H, n, d), k and v (1, K, n, d), keys and values (B, K, P, d) -> (1, H, n, d). On a CPU a few rows of about
+    the same length at a time, so that neither padding nor memory costs much; on a GPU all at once."""
+    device, sizes, parts = lengths.device, lengths.tolist(), []
+    P = 0 if prompt_lengths is None else int(prompt_lengths.max())
+    cost = lambda rows: len(rows) * query_heads * max(rows) * (P + max(rows))
+    first = 0
+    while first < len(sizes):
+        last = first + 1
+        while last < len(sizes) and (device.type != "cpu" or cost(sizes[first:last + 1]) <= SCORES_AT_ONCE):
+            last += 1
+        part, t = slice(first, last), max(sizes[first:last])
+        spread, pack = packing(lengths[part], t)[2:]
+        hide = torch.ones(t, t, dtype=torch.bool, device=device).triu(1)[None]                      # (1, t, t)
+        if P:
+            absent = torch.arange(P, device=device) >= prompt_lengths[owner[part], None]            # (m, P)
+            hide = torch.cat([absent[:, None].expand(-1, t, -1), hide.expand(len(absent), -1, -1)], dim=2)
+        parts.append((part, sum(sizes[part]), spread, pack, torch.zeros(hide.shape, device=device).masked_fill(hide, float("-inf"))[:, None]))
+        first = last
+
+    def attend(q, k, v, keys=None, values=None):
+        K, d, outs = k.shape[1], k.shape[3], []
+        for (part, _, spread, pack, bias), q_part, k_part, v_part in zip(parts, *(x.split([tokens for _, tokens, *_ in parts], dim=2) for x in (q, k, v))):
+            padded, k_part, v_part = spread(q_part), spread(k_part), spread(v_part)                 # (m, H or K, t, d)
+            m, H, t = padded.shape[:3]
+            if P:
+                k_part = torch.cat([keys.index_select(0, owner[part]), k_part], dim=2)              # (m, K, P + t, d)
+                v_part = torch.cat([values.index_select(0, owner[part]), v_part], dim=2)
+            # The S query heads that share a key head stand below each other, so that keys are not copied for them.
+            folded, bias = padded.reshape(m, K, H // K * t, d), bias.repeat(1, 1, H // K, 1)        # (m or 1, 1, S·t, P + t)
+            if q.is_cuda:
+                out = F.scaled_dot_product_attention(folded, k_part, v_part, attn_mask=bias.to(q.dtype).expand(m, -1, -1, -1))
+            else:
+                out = CachedAttention.apply(folded, k_part, v_part, bias)
+            outs.append(pack(out.view_as(padded)))
+        return torch.cat(outs, dim=2)
+    return attend
 
 
 @dataclass
@@ -388,48 +503,48 @@ class Prefix:
 
 def encode_prompts(model: Transformer, prompts: list[Tensor]) -> Prefix:
     """Run each prompt (P,) once."""
-    device, keys, values = model.norm.weight.device, [], []
+    device, keys, values = model.norm.weight.device, {}, {}
     lengths = torch.tensor([len(p) for p in prompts], device=device)
-    _, cols, spread, pack = packing(lengths, max(len(p) for p in prompts))
+    _, cols, spread, _ = packing(lengths, max(len(p) for p in prompts))
+    attend = ragged_attention(lengths, model.config.num_attention_heads)
 
     def keep(layer, q, k, v):
-        q, k, v = spread(q), spread(k), spread(v)
-        keys.append(k)
-        values.append(v)
-        return pack(causal_attention(layer, q, k, v))   # padding stands at the end, where causal attention never looks
+        keys[layer], values[layer] = spread(k), spread(v)
+        return attend(q, k, v)
     hidden = model(torch.cat(prompts).to(device)[None], past=keep, positions=cols[None])[0]     # (n, D)
-    return Prefix(lengths, keys, values, hidden[lengths.cumsum(0) - 1])
+    # Copies of the lists, since gradient checkpointing will run `keep` again.
+    return Prefix(lengths, list(keys.values()), list(values.values()), hidden[lengths.cumsum(0) - 1])
 
 
-def score_responses(model: Transformer, prefix: Prefix, owner: Tensor, responses: Tensor, lengths: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Log-probability and entropy of every response token after prompts that `encode_prompts` has run.
+def score_responses(model: Transformer, prompts: list[Tensor] | Prefix, owner: Tensor, responses: Tensor, lengths: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Log-probability and entropy of every response token after its prompt.
 
-    responses (N, T) right-padded, lengths (N,) at least 1, owner (N,) the prompt (0 … B − 1) that a row answers. Returns
-    logprobs (N, T) fp32, with gradient to the weights and to `prefix`, and entropy (N, T) fp32 in nats, without; both 0
-    in the padding. The real tokens go through the network as one row; only attention puts them in their places."""
-    (N, T), (B, K, P, _), device = responses.shape, prefix.keys[0].shape, responses.device
-    S = model.config.num_attention_heads // K
+    responses (N, T) right-padded, lengths (N,) at least 1, owner (N,) the prompt (0 … B − 1) that a row answers. `prompts`
+    are token ids (P,), to go through the network together with the responses, or what `encode_prompts` made of them earlier.
+    Returns logprobs (N, T) fp32, with gradient to the weights and to a Prefix, and entropy (N, T) fp32 in nats, without;
+    both 0 in the padding. The real tokens go through the network as one row; only attention puts them in their places."""
+    (N, T), device, H = responses.shape, responses.device, model.config.num_attention_heads
     # The token at (i, t) is predicted from the state at (i, t − 1), the first one from the prompt's last state.
-    rows, cols, spread, pack = packing(lengths - 1, T - 1)              # (n,) each: the tokens that have a successor
-    hidden = prefix.last[owner]                                         # (N, D)
-    if len(rows):
-        absent = torch.arange(P, device=device) >= prefix.lengths[:, None]                              # (B, P)
-        later = torch.ones(T - 1, T - 1, dtype=torch.bool, device=device).triu(1)
-        hide = torch.cat([absent[:, None].expand(-1, T - 1, -1), later.expand(B, -1, -1)], dim=-1)      # (B, T − 1, P + T − 1)
-        bias = torch.zeros(hide.shape, dtype=hidden.dtype, device=device).masked_fill(hide, float("-inf"))
-        per_row = lambda x: x.expand(N, *x.shape[1:]) if B == 1 else x[owner]
-        # The S query heads that share a key head stand below each other, so that keys are not copied for them.
-        bias = per_row(bias.repeat(1, S, 1)[:, None])                                                   # (N, 1, S·(T − 1), P + T − 1)
+    rows, cols = (torch.arange(T - 1, device=device) < lengths[:, None] - 1).nonzero(as_tuple=True)  # (n,) each: tokens with a successor
+    longer, known = lengths > 1, isinstance(prompts, Prefix)
+    prompt_lengths = prompts.lengths if known else torch.tensor([len(p) for p in prompts], device=device)
+    respond = ragged_attention(lengths[longer] - 1, H, prompt_lengths, owner[longer])
+    tokens, positions = responses[rows, cols], prompt_lengths[owner[rows]] + cols
+    if known:
+        last, after = prompts.last, lambda layer, q, k, v: respond(q, k, v, prompts.keys[layer], prompts.values[layer])
+        hidden = model(tokens[None], past=after, positions=positions[None])[0] if len(rows) else last[:0]
+    else:
+        _, prompt_cols, spread, _ = packing(prompt_lengths, int(prompt_lengths.max()))
+        read, sizes = ragged_attention(prompt_lengths, H), [len(prompt_cols), len(rows)]
 
-        def respond(layer, q, k, v):
-            q = spread(q)                                                                               # (N, H, T − 1, d)
-            k = torch.cat([per_row(prefix.keys[layer]), spread(k)], dim=2)                               # (N, K, P + T − 1, d)
-            v = torch.cat([per_row(prefix.values[layer]), spread(v)], dim=2)
-            folded = q.reshape(N, K, S * (T - 1), -1)
-            return pack(F.scaled_dot_product_attention(folded, k, v, attn_mask=bias).view_as(q))
-        positions = prefix.lengths[owner[rows]] + cols
-        hidden = torch.cat([hidden, model(responses[rows, cols][None], past=respond, positions=positions[None])[0]])
+        def both(layer, q, k, v):
+            (q0, q1), (k0, k1), (v0, v1) = (x.split(sizes, dim=2) for x in (q, k, v))
+            return torch.cat([read(q0, k0, v0)] + ([respond(q1, k1, v1, spread(k0), spread(v0))] if len(rows) else []), dim=2)
+        tokens, positions = torch.cat([*(p.to(device) for p in prompts), tokens]), torch.cat([prompt_cols, positions])
+        read_out, hidden = model(tokens[None], past=both, positions=positions[None])[0].split(sizes)
+        last = read_out.index_select(0, prompt_lengths.cumsum(0) - 1)                                # (B, D)
 
+    hidden = torch.cat([last.index_select(0, owner), hidden])                                        # (N + n, D)
     rows, cols = torch.cat([torch.arange(N, device=device), rows]), torch.cat([torch.zeros_like(owner), cols + 1])
     flat, flat_entropy = linear_logprobs(hidden, model.output_weight, responses[rows, cols], temperature)
     grid = flat.new_zeros(N, T)
@@ -443,7 +558,7 @@ def token_logprobs(model: Transformer, prompt: Tensor, responses: Tensor, temper
     prompt (P,), responses (G, T), lengths (G,) or None for T each. Returns logprobs (G, T) fp32 and entropy (G, T)."""
     if lengths is None:
         lengths = torch.full((len(responses),), responses.shape[1], device=responses.device)
-    return score_responses(model, encode_prompts(model, [prompt]), torch.zeros_like(lengths), responses, lengths, temperature)
+    return score_responses(model, [prompt], torch.zeros_like(lengths), responses, lengths, temperature)
 
 
 LOGITS_AT_ONCE = 2**24  # 64 MiB in fp32: enough for efficient products, little enough not to be noticed
@@ -452,7 +567,7 @@ LOGITS_AT_ONCE = 2**24  # 64 MiB in fp32: enough for efficient products, little 
 class LinearLogprobs(torch.autograd.Function):
     """log softmax(hidden Wᵀ / temperature) at the targets, chunk by chunk; backward computes the logits again.
 
-    With g = dL/dlogprob of one token and p its softmax, dL/dlogits = g (onehot(target) − p) / temperature.
+    With g = dL/dlogprob of one token and p its softmax, dL/dlogits = −g (p − onehot(target)) / temperature.
     """
     @staticmethod
     def chunks(hidden, weight):
@@ -460,36 +575,39 @@ class LinearLogprobs(torch.autograd.Function):
         return [slice(i, i + size) for i in range(0, len(hidden), size)]
 
     @staticmethod
-    def log_softmax(hidden, weight, temperature):
-        logits = F.linear(hidden, weight)
-        return logits.to(torch.promote_types(logits.dtype, torch.float32)).div_(temperature).log_softmax(-1)  # never in bf16
-
-    @staticmethod
     def forward(ctx, hidden, weight, targets, temperature):
-        ctx.save_for_backward(hidden, weight, targets)
-        ctx.temperature = temperature
-        logprobs, entropy = [], []
+        logprobs, entropy, logsumexp = [], [], []
         for part in LinearLogprobs.chunks(hidden, weight):
-            logp = LinearLogprobs.log_softmax(hidden[part], weight, temperature)        # (chunk, V)
-            logprobs.append(logp.gather(1, targets[part, None])[:, 0])
-            entropy.append(-(logp.exp() * logp).sum(-1))
-        logprobs, entropy = torch.cat(logprobs), torch.cat(entropy)
+            logits = F.linear(hidden[part], weight)                                     # (chunk, V)
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))        # never in bf16
+            logits = logits if temperature == 1 else logits.div_(temperature)
+            p = logits.softmax(-1)
+            likeliest = p.argmax(-1, keepdim=True)
+            lse = logits.gather(1, likeliest) - p.gather(1, likeliest).log()            # (chunk, 1): log p = logit − lse
+            logprobs.append((logits.gather(1, targets[part, None]) - lse)[:, 0])
+            entropy.append(lse[:, 0] - (p[:, None] @ logits[:, :, None])[:, 0, 0])      # −Σ p log p
+            logsumexp.append(lse)
+        entropy = torch.cat(entropy)
+        ctx.save_for_backward(hidden, weight, targets, torch.cat(logsumexp))
+        ctx.temperature = temperature
         ctx.mark_non_differentiable(entropy)
-        return logprobs, entropy
+        return torch.cat(logprobs), entropy
 
     @staticmethod
     def backward(ctx, grad, _):
-        hidden, weight, targets = ctx.saved_tensors
-        grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros(weight.shape, dtype=grad.dtype, device=weight.device) if ctx.needs_input_grad[1] else None
-        for part in LinearLogprobs.chunks(hidden, weight):
-            g = grad[part, None] / ctx.temperature                                      # (chunk, 1)
-            grad_logits = LinearLogprobs.log_softmax(hidden[part], weight, ctx.temperature).exp_().mul_(-g)
-            grad_logits.scatter_add_(1, targets[part, None], g)
-            grad_logits = grad_logits.to(weight.dtype)                                  # (chunk, V)
-            grad_hidden[part] = grad_logits @ weight
-            if grad_weight is not None:
-                grad_weight += grad_logits.T @ hidden[part]
+        hidden, weight, targets, logsumexp = ctx.saved_tensors
+        grad_hidden, grad_weight, chunks = torch.empty_like(hidden), None, LinearLogprobs.chunks(hidden, weight)
+        for part in chunks:
+            logits = F.linear(hidden[part], weight)
+            p = torch.add(-logsumexp[part], logits, alpha=1 / ctx.temperature).exp_()
+            p.scatter_add_(1, targets[part, None], p.new_full((len(p), 1), -1.0))
+            grad_logits = logits.copy_(p.mul_(-grad[part, None] / ctx.temperature))
+            torch.mm(grad_logits, weight, out=grad_hidden[part])
+            if ctx.needs_input_grad[1]:
+                product = grad_logits.T @ hidden[part]                                  # (V, D)
+                if len(chunks) > 1:
+                    product = product.to(grad.dtype) if grad_weight is None else grad_weight.add_(product)   # summed in fp32
+                grad_weight = product
         return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None
 
 

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from data import Problem, Tokenizer, extract_answer, grade, grade_group, last_number, canonical, load_reward, load_tokenizer, prepare, read_problems
 from gcpo import Group
-from model import InputError, Transformer, encode_prompts, exit_cleanly, load_model, pick_device, pick_dtype
+from model import InputError, Transformer, encode_prompts, exit_cleanly, keep_freed_memory, load_model, packed_weights, pick_device, pick_dtype
 
 PREFILL_TOKENS = 4096        # prompts that enter together run together, up to so many tokens
 CPU_CACHE_BYTES = 4 * 2**30  # a fixed budget, so that the same command always makes the same batches
@@ -92,88 +92,138 @@ class Batch:
     """Rows that are being sampled, and the keys and values they attend to.
 
     Rows 0 … n−1 are alive; a row that leaves is overwritten by the last one. A prompt in flight has a seat, and each of
-    its G rows a place there. Keys lie transposed, (…, d, length), as the score product wants them.
+    its G rows a place there. Keys lie transposed, (…, d, length), as the score product wants them. What a step reads and
+    writes lies in fixed tensors on the device, so that a GPU can repeat a recorded step; what the host needs to know, it
+    keeps for itself.
     """
-    def __init__(self, model: Transformer, rows: int, seats: int, group_size: int, longest_prompt: int, max_new_tokens: int):
+    def __init__(self, model: Transformer, rows: int, seats: int, group_size: int, max_new_tokens: int, select, stop_ids: list[int]):
         c, like = model.config, model.embed_tokens.weight
-        K, d, L, self.G = c.num_key_value_heads, c.head_dim, c.num_hidden_layers, group_size
-        # Zeros, since what lies beyond a row's length is read with weight 0, and 0 · NaN is NaN.
-        cache = lambda *shape: [torch.zeros(shape, dtype=like.dtype, device=like.device) for _ in range(L)]
-        self.model, self.device, self.n, self.seats = model, like.device, 0, 0
-        self.prompt_k, self.prompt_v = cache(seats, K, d, longest_prompt), cache(seats, K, longest_prompt, d)
-        self.k, self.v = cache(rows, K, d, max_new_tokens), cache(rows, K, max_new_tokens, d)
-        column = lambda *shape, dtype=torch.int64: torch.zeros(shape, dtype=dtype, device=like.device)
-        self.prompt_length = column(seats)                                   # (B,)
-        self.slot, self.length = column(rows), column(rows)                  # (R,) seat · G + place, tokens so far
+        K, d, device = c.num_key_value_heads, c.head_dim, like.device
+        self.model, self.device, self.select, self.K, self.G, self.R, self.B = model, device, select, K, group_size, rows, seats
+        # Caches are as long as what is in flight, rounded up, and widths on a GPU change rarely: for each a step is recorded.
+        on_gpu = device.type == "cuda"
+        self.columns, self.row_unit, self.seat_unit = (128, 32, 8) if on_gpu else (32, 1, 1)
+        cache = lambda *shape: [torch.empty(shape, dtype=like.dtype, device=device) for _ in range(c.num_hidden_layers)]
+        self.prompt_k, self.prompt_v = cache(seats, K, d, 0), cache(seats, K, 0, d)
+        self.k, self.v = cache(rows, K, d, 0), cache(rows, K, 0, d)
+        column = lambda *shape, dtype=torch.int64: torch.zeros(shape, dtype=dtype, device=device)
+        self.stop_ids = torch.tensor(sorted(stop_ids), dtype=torch.int64, device=device)
+        self.prompt_length = column(seats + 1)                               # (B + 1,); the last is the seat of rows not alive
+        self.slot, self.length = column(rows) + seats * group_size, column(rows)    # (R,) seat · G + place, tokens so far
         self.ended = column(rows, dtype=torch.bool)
         self.tokens, self.logprobs = column(rows, max_new_tokens), column(rows, max_new_tokens, dtype=torch.float32)
         self.uniforms = column(rows, max_new_tokens, dtype=torch.float64)
-        self.owner, self.count = [], []                                      # per row, on the host: (prompt, place), tokens so far
-        self.members, self.prompt_lengths = [], []                           # per seat, on the host: rows alive, P
+        # On the host: steps so far; per row its (prompt, place) and the step it entered at; per seat its rows alive and P.
+        self.now, self.owner, self.entered, self.members, self.prompt_lengths = 0, [], [], [], []
+        self.graphs, self.pool = {}, torch.cuda.graph_pool_handle() if on_gpu else None
 
-    def append(self, logits, rows, select, stop_ids):
-        """Choose the next token of `rows` (a slice) from logits (n, V)."""
+    @property
+    def n(self) -> int:
+        """Rows alive."""
+        return len(self.owner)
+
+    @property
+    def seats(self) -> int:
+        """Prompts in flight."""
+        return len(self.members)
+
+    def count(self, row: int) -> int:
+        """Tokens of a row so far."""
+        return self.now - self.entered[row] + 1
+
+    def fit(self, keys: list[Tensor], values: list[Tensor], length: int):
+        """Make caches (…, d, width) and (…, width, d) wide enough for `length`; narrower again once half would do."""
+        width = -(-length // self.columns) * self.columns
+        if keys[0].shape[3] // 2 < width <= keys[0].shape[3]:
+            return
+        kept = min(width, keys[0].shape[3])
+        for caches, dim in ((keys, 3), (values, 2)):
+            for layer, old in enumerate(caches):
+                # Zeros, since what lies beyond a row's length is read with weight 0, and 0 · NaN is NaN.
+                caches[layer] = old.new_zeros([*old.shape[:dim], width, *old.shape[dim + 1:]])
+                caches[layer].narrow(dim, 0, kept).copy_(old.narrow(dim, 0, kept))
+        self.graphs.clear()                                                  # they would go on reading the old ones
+
+    def append(self, logits: Tensor, rows: slice):
+        """Choose the next token of `rows` from logits (n, V)."""
         at = self.length[rows]
         index = torch.arange(rows.start, rows.stop, device=self.device)
-        token, logprob = select(logits, self.uniforms[index, at])
+        token, logprob = self.select(logits, self.uniforms[index, at])
         self.tokens[index, at], self.logprobs[index, at] = token, logprob
         self.length[rows] += 1
-        self.ended[rows] |= torch.isin(token, stop_ids)
-        for row in range(rows.start, rows.stop):
-            self.count[row] += 1
+        self.ended[rows] |= (token[:, None] == self.stop_ids).any(1)
 
-    def prefill(self, owners: list[int], prompts: list[Tensor], uniforms: Tensor, select, stop_ids):
+    def prefill(self, owners: list[int], prompts: list[Tensor], uniforms: Tensor):
         """Seat prompts (P,) that wait: run each once, and start its G rows with their first token. uniforms (rows, T)."""
-        prefix = encode_prompts(self.model, prompts)
+        prefix, P = encode_prompts(self.model, prompts), max(len(p) for p in prompts)
         seats, rows = slice(self.seats, self.seats + len(prompts)), slice(self.n, self.n + len(uniforms))
+        self.prompt_lengths += [len(p) for p in prompts]
+        self.fit(self.prompt_k, self.prompt_v, max(self.prompt_lengths))
         for layer, (k, v) in enumerate(zip(prefix.keys, prefix.values)):     # (B, K, P, d) each
-            self.prompt_k[layer][seats, :, :, :k.shape[2]], self.prompt_v[layer][seats, :, :k.shape[2]] = k.transpose(2, 3), v
-        self.seats, self.n, self.prompt_length[seats] = seats.stop, rows.stop, prefix.lengths
+            self.prompt_k[layer][seats, :, :, :P], self.prompt_v[layer][seats, :, :P] = k.transpose(2, 3), v
+        self.prompt_length[seats] = prefix.lengths
         self.slot[rows] = torch.arange(seats.start * self.G, seats.stop * self.G, device=self.device)
         self.length[rows], self.ended[rows], self.uniforms[rows] = 0, False, uniforms.to(self.device)
         self.owner += [(owner, g) for owner in owners for g in range(self.G)]
-        self.count += [0] * len(uniforms)
+        self.entered += [self.now] * len(uniforms)
         self.members += [self.G] * len(prompts)
-        self.prompt_lengths += [len(p) for p in prompts]
-        self.append(self.model.logits(prefix.last).repeat_interleave(self.G, dim=0), rows, select, stop_ids)
+        self.append(self.model.logits(prefix.last).repeat_interleave(self.G, dim=0), rows)
 
-    def decode(self, select, stop_ids):
-        """One more token for every row."""
-        n, P, T = self.n, max(self.prompt_lengths), max(self.count)          # widths of what is there to be read
-        row, at = torch.arange(n, device=self.device), self.length[:n] - 1   # the token to run, not yet in the cache
-        slot = self.slot[:n]                                                 # (n,) in the grid of B seats × G places
-        seat = slot // self.G
+    def decode(self, steps: int):
+        """`steps` more tokens for every row, without asking the device for anything.
+
+        On a GPU the launches of a step cost more than its work. So a step runs once as it stands, for warming up, then it is
+        recorded as a CUDA graph and repeated; rows and seats are rounded up, and what is too many computes to no end."""
+        self.fit(self.k, self.v, self.count(self.entered.index(min(self.entered))) + steps - 1)
+        self.length[self.n:] = 1                                             # rows not alive count on as well: they must not outrun the cache
+        sizes = [min(-(-n // unit) * unit, most) for n, unit, most in ((self.n, self.row_unit, self.R), (self.seats, self.seat_unit, self.B))]
+        key = (*sizes, self.prompt_k[0].shape[3])
+        for _ in range(steps):
+            if self.pool is None or key not in self.graphs:
+                self.step(*sizes)
+                self.graphs[key] = None
+                continue
+            if self.graphs[key] is None:
+                self.graphs[key] = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(self.graphs[key], pool=self.pool):     # records, and does not run
+                    self.step(*sizes)
+            self.graphs[key].replay()
+        self.now += steps
+
+    def step(self, n: int, B: int):
+        """One more token for rows 0 … n−1, whose prompts sit in seats 0 … B−1."""
+        G, K, P, T = self.G, self.K, self.prompt_k[0].shape[3], self.k[0].shape[3]
+        row, at, slot = torch.arange(n, device=self.device), self.length[:n] - 1, self.slot[:n]   # at: the token to run, not yet in the cache
+        seat = slot // G
+        prompt_length = self.prompt_length[seat]
         steps = torch.arange(max(P, T), device=self.device)
-        absent = torch.cat([steps[:P] >= self.prompt_length[seat, None], steps[:T] > at[:, None]], dim=1)  # (n, P + T)
+        absent = torch.cat([steps[:P] >= prompt_length[:, None], steps[:T] > at[:, None]], dim=1)  # (n, P + T)
         bias = torch.zeros(absent.shape, device=self.device).masked_fill(absent, float("-inf"))[:, None, None]   # (n, 1, 1, P + T)
 
-        # The rows of a prompt stand below each other in the grid, so that one product (G·S, d) @ (d, P) reads its keys for
-        # all of them, and nothing is copied for each row. The places of rows that have left hold zeros.
+        # The rows of a prompt stand below each other in a grid of B seats × G places, so that one product (G·S, d) @ (d, P)
+        # reads its keys for all of them, and nothing is copied for each row. What the places of other rows hold is not read.
+        heads = torch.arange(K, device=self.device)
+        row_at = torch.zeros(self.B * G + 1, dtype=torch.int64, device=self.device).index_copy(0, slot, row)[:B * G]
+        to_grid = (row_at.view(B, 1, G) * K + heads[:, None]).flatten()                            # (B·K·G,) in n·K
+        to_rows = ((seat.clamp(max=B - 1)[:, None] * K + heads) * G + slot[:, None] % G).flatten()  # (n·K,) in B·K·G
+        grid = lambda x: x.reshape(n * K, -1).index_select(0, to_grid)      # (n, K, S, m) -> (B·K·G, S·m)
+        rows = lambda x: x.view(B * K * G, -1).index_select(0, to_rows)     # (B, K, G·S, m) -> (n·K, S·m)
+
         def attend(layer, q, k, v):
             """q (n, H, 1, d), k and v (n, K, 1, d) -> (n, H, 1, d): each row reads its prompt and its own past."""
-            K, d, B = k.shape[1], k.shape[3], self.seats
-            self.k[layer][row, :, :, at], self.v[layer][row, :, at] = k[:, :, 0], v[:, :, 0]
-            q = q.reshape(n, K, -1, d)                                       # (n, K, S, d)
+            d, keys, values = q.shape[3], self.k[layer][:n], self.v[layer][:n]
+            keys[row, :, :, at], values[row, :, at] = k[:, :, 0], v[:, :, 0]
+            q = q.reshape(n, K, -1, d)                                                             # (n, K, S, d)
             S = q.shape[2]
+            to_prompt = rows(grid(q).view(B, K, G * S, d) @ self.prompt_k[layer][:B]).view(n, K, S, P)
+            scores = torch.cat([to_prompt, q @ keys], dim=-1)                                      # (n, K, S, P + T)
+            weights = torch.add(bias, scores, alpha=d**-0.5).softmax(-1).to(q.dtype)
+            on_prompt, on_own = weights[..., :P], weights[..., P:].contiguous()
+            out = rows(grid(on_prompt).view(B, K, G * S, P) @ self.prompt_v[layer][:B]).view(n, K, S, d)
+            return (out + on_own @ values).view(n, -1, 1, d)
 
-            def to_grid(x):                                                  # (n, K, S, m) -> (B, K, G·S, m)
-                grid = x.new_zeros(B * self.G, K, S, x.shape[3]).index_copy_(0, slot, x)
-                return grid.view(B, self.G, K, S, -1).transpose(1, 2).reshape(B, K, self.G * S, -1)
-
-            def from_grid(x):                                                # and back
-                return x.view(B, K, self.G, S, -1).transpose(1, 2).reshape(B * self.G, K, S, -1).index_select(0, slot)
-
-            to_prompt = from_grid(to_grid(q) @ self.prompt_k[layer][:B, :, :, :P])       # (n, K, S, P)
-            to_own = q @ self.k[layer][:n, :, :, :T]                                     # (n, K, S, T)
-            scores = torch.cat([to_prompt, to_own], dim=-1).float() * d**-0.5 + bias
-            weights = scores.softmax(-1).to(q.dtype)
-            out = from_grid(to_grid(weights[..., :P]) @ self.prompt_v[layer][:B, :, :P])
-            out += weights[..., P:] @ self.v[layer][:n, :, :T]               # (n, K, S, d)
-            return out.reshape(n, -1, 1, d)
-
-        tokens, positions = self.tokens[row, at][:, None], (self.prompt_length[seat] + at)[:, None]
-        hidden = self.model(tokens, past=attend, positions=positions)        # (n, 1, D)
-        self.append(self.model.logits(hidden[:, 0]), slice(0, n), select, stop_ids)
+        hidden = self.model(self.tokens[row, at][:, None], past=attend, positions=(prompt_length + at)[:, None])   # (n, 1, D)
+        self.append(self.model.logits(hidden[:, 0]), slice(0, n))
 
     def leave(self, rows: list[int]):
         """Take rows out; the last ones alive move into their places, and prompts without rows lose their seats."""
@@ -184,27 +234,22 @@ class Batch:
         n = len(kept)
         holes, movers = [row for row in rows if row < n], [row for row in kept if row >= n]
         if holes:
-            T = max(self.count)
-            for layer in range(len(self.k)):
-                self.k[layer][holes, :, :, :T], self.v[layer][holes, :, :T] = self.k[layer][movers, :, :, :T], self.v[layer][movers, :, :T]
-            for column in (self.slot, self.length, self.ended, self.tokens, self.logprobs, self.uniforms):
-                column[holes] = column[movers]
+            for cache in (*self.k, *self.v, self.slot, self.length, self.ended, self.tokens, self.logprobs, self.uniforms):
+                cache[holes] = cache[movers]
             for hole, mover in zip(holes, movers):
-                self.owner[hole], self.count[hole] = self.owner[mover], self.count[mover]
-        self.n, self.owner, self.count = n, self.owner[:n], self.count[:n]
+                self.owner[hole], self.entered[hole] = self.owner[mover], self.entered[mover]
+        self.owner, self.entered = self.owner[:n], self.entered[:n]
+        self.slot[n:] = self.B * self.G
         for seat in reversed(range(self.seats)):
             if self.members[seat] == 0:
                 last = self.seats - 1
                 if seat != last:
-                    P = self.prompt_lengths[last]
-                    for k, v in zip(self.prompt_k, self.prompt_v):
-                        k[seat, :, :, :P], v[seat, :, :P] = k[last, :, :, :P], v[last, :, :P]
-                    self.prompt_length[seat] = self.prompt_length[last]
+                    for cache in (*self.prompt_k, *self.prompt_v, self.prompt_length):
+                        cache[seat] = cache[last]
                     self.members[seat], self.prompt_lengths[seat] = self.members[last], self.prompt_lengths[last]
                     slots = self.slot[:n]
                     slots[slots // self.G == last] -= (last - seat) * self.G
                 self.members.pop(), self.prompt_lengths.pop()
-                self.seats -= 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -228,7 +273,10 @@ def rows_that_fit(model: Transformer, group_size: int, longest_prompt: int, max_
     its prompt's (see `seats` in `sample`), a token's id, logprob and uniform, and its logits twice or so."""
     weight = model.embed_tokens.weight
     row = cache_bytes_per_token(model) * (max_new_tokens + 2 * longest_prompt / group_size) + 20 * max_new_tokens + 12 * model.config.vocab_size
-    budget = CPU_CACHE_BYTES if weight.device.type != "cuda" else 0.6 * torch.cuda.mem_get_info(weight.device)[0]
+    budget = CPU_CACHE_BYTES
+    if weight.device.type == "cuda":  # what the device has free, and what PyTorch holds of it without using it
+        free = torch.cuda.mem_get_info(weight.device)[0] + torch.cuda.memory_reserved(weight.device) - torch.cuda.memory_allocated(weight.device)
+        budget = 0.6 * free
     return max(group_size, min(256, int(budget / row)))
 
 
@@ -246,8 +294,9 @@ def sample(model: Transformer, prompts: list[Tensor], group_size: int, max_new_t
         return []
     if min(len(p) for p in prompts) < 1 or G < 1 or max_new_tokens < 1 or not 0 <= temperature < math.inf:
         raise ValueError("sample: needs prompts of a token or more, group_size and max_new_tokens of 1 or more, temperature of 0 or more")
-    responses = run_to_the_end(model, prompts, ids, G, max_new_tokens, lambda logits, u: choose(logits, u, temperature, top_p, top_k),
-                               stop_ids, seed, max_rows, progress)
+    with packed_weights(model):
+        responses = run_to_the_end(model, prompts, ids, G, max_new_tokens, lambda logits, u: choose(logits, u, temperature, top_p, top_k),
+                                   stop_ids, seed, max_rows, progress)
 
     def group(prompt, rows):
         tokens, logprobs, finished = zip(*rows)
@@ -264,9 +313,9 @@ def run_to_the_end(model, prompts, ids, G, max_new_tokens, select, stop_ids, see
     longest = max(len(p) for p in prompts)
     rows = min(len(prompts), max(1, (max_rows or rows_that_fit(model, G, longest, max_new_tokens)) // G)) * G
     seats = min(len(prompts), 2 * rows // G)               # more than G rows each would fill: a prompt may be down to its last row
-    batch = Batch(model, rows, seats, G, longest, max_new_tokens)
-    stops = torch.tensor(sorted(stop_ids), device=batch.device)
+    batch = Batch(model, rows, seats, G, max_new_tokens, select, stop_ids)
     check_every = 1 if batch.device.type == "cpu" else 16  # asking a GPU whether a row has ended makes it wait for us
+    stops = batch.stop_ids.cpu()
     responses = [[None] * G for _ in prompts]              # (tokens, logprobs, finished) of each row, once it has ended
     waiting, seen = deque(range(len(prompts))), Counter()
 
@@ -282,13 +331,13 @@ def run_to_the_end(model, prompts, ids, G, max_new_tokens, select, stop_ids, see
                 generator = prompt_generator(seed, ids[i], seen[ids[i]])
                 uniforms.append(torch.rand(G, max_new_tokens, generator=generator, dtype=torch.float64))  # row g does not depend on G
                 seen[ids[i]] += 1
-            batch.prefill(entering, [prompts[i] for i in entering], torch.cat(uniforms), select, stops)
+            batch.prefill(entering, [prompts[i] for i in entering], torch.cat(uniforms))
 
         ended = batch.ended[:batch.n].tolist()
-        leaving = [row for row in range(batch.n) if ended[row] or batch.count[row] == max_new_tokens]
+        leaving = [row for row in range(batch.n) if ended[row] or batch.count(row) == max_new_tokens]
         for row in leaving:
-            tokens = batch.tokens[row, :batch.count[row]].to("cpu", copy=True)  # the next row will be written over this one
-            stop = torch.isin(tokens, stops.cpu()).nonzero().flatten()
+            tokens = batch.tokens[row, :batch.count(row)].to("cpu", copy=True)  # the next row will be written over this one
+            stop = torch.isin(tokens, stops).nonzero().flatten()
             length = int(stop[0]) + 1 if len(stop) else len(tokens)  # what came after the end between two checks is dropped
             prompt, place = batch.owner[row]
             responses[prompt][place] = tokens[:length], batch.logprobs[row, :length].to("cpu", copy=True), bool(len(stop))
@@ -297,8 +346,7 @@ def run_to_the_end(model, prompts, ids, G, max_new_tokens, select, stop_ids, see
         if leaving:
             batch.leave(leaving)
             continue                                       # a waiting prompt may enter now
-        for _ in range(min(check_every, max_new_tokens - max(batch.count))):
-            batch.decode(select, stops)
+        batch.decode(min(check_every, max_new_tokens - max(map(batch.count, range(batch.n)))))
     return responses
 
 
@@ -375,6 +423,7 @@ def main():
     flag("--out", default=None, help="write every completion here, a JSON line each")
     flag("--keep-correct", default=None, help="write the problems that were solved here, each with a correct response as its gold")
     args = parser.parse_args()
+    keep_freed_memory()
     for name, least in (("samples", 1), ("max_new_tokens", 1), ("limit", 0), ("skip", 0), ("top_k", 0), ("temperature", 0), ("rows", 1), ("seed", 0), ("correct_at", -math.inf)):
         value = getattr(args, name)
         if value is not None and not least <= value < math.inf:

@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from data import Problem, Tokenizer, grade_group, load_reward, load_tokenizer, prepare, read_problems
 from gcpo import ALGORITHMS, Algorithm, Group, gold_group, group_advantages, policy_loss, substitute_gold, switch
-from model import (InputError, Transformer, encode_prompts, exit_cleanly, load_model, pick_device, pick_dtype, read_config, save_model,
+from model import (InputError, Transformer, encode_prompts, exit_cleanly, keep_freed_memory, load_model, pick_device, pick_dtype, read_config, save_model,
                    score_responses)
 from sampler import cache_bytes_per_token, evaluate, prompt_generator, rows_that_fit, sample
 
@@ -69,6 +69,7 @@ class Config:
     dtype: str = switch("auto", "of the compute; auto: bfloat16 where it is faster and precise enough", ("auto", "float32", "bfloat16"))
     threads: int = switch(0, "CPU threads; 0: PyTorch's choice")
     rows: int = switch(0, "rows sampled at a time; 0: what fits in memory, at most 256")
+    gradient_checkpointing: bool = switch(False, "compute activations again in backward: less memory, about a third more time")
     rows_per_pass: int = switch(0, "rows that go through an update together: part of a group, or several groups; 0: one group")
 
 
@@ -146,15 +147,16 @@ def row_passes(items: list[Item], config: Config, device: torch.device):
 def backward(compute: Transformer, items: list[Item], algorithm: Algorithm, config: Config, total_rows: int, total_tokens: int) -> Counter:
     """Add the gradient of one pass, some whole groups, to the weights'. Returns sums for the metrics.
 
-    The prompts' keys, values and last states are cut from their graph and made leaves. If a group has more than
-    `rows_per_pass` rows, they go through a few at a time, each time leaving their gradient in the leaves; one backward
-    through the prompts follows. The gradient is that of a single pass, the memory that of a few rows."""
-    prefix = encode_prompts(compute, [i.group.prompt for i in items])
-    leaves = prefix.cut()
-    sums = Counter()
-    for rows in row_passes(items, config, compute.norm.weight.device):
+    If a group has more than `rows_per_pass` rows, they go through a few at a time. Its prompt's keys, values and last state
+    are then cut from their graph and made leaves, which collect gradient from each of these parts; one backward through the
+    prompt follows. The gradient is that of a single pass, the memory that of a few rows."""
+    prompts, parts, sums = [i.group.prompt for i in items], list(row_passes(items, config, compute.norm.weight.device)), Counter()
+    if len(parts) > 1:
+        prefix = encode_prompts(compute, prompts)
+        leaves = prompts = prefix.cut()
+    for rows in parts:
         mask, is_gold = rows["mask"], rows["is_gold"]
-        logprobs, entropy = score_responses(compute, leaves, rows["owner"], rows["responses"], rows["lengths"], config.temperature)
+        logprobs, entropy = score_responses(compute, prompts, rows["owner"], rows["responses"], rows["lengths"], config.temperature)
         old = rows.get("old_logprobs", logprobs.detach())
         loss, part = policy_loss(logprobs, old, rows["advantages"], mask, algorithm, total_rows=total_rows, total_tokens=total_tokens,
                                  max_new_tokens=config.max_new_tokens, is_gold=is_gold, ref_logprobs=rows.get("ref_logprobs"))
@@ -162,7 +164,8 @@ def backward(compute: Transformer, items: list[Item], algorithm: Algorithm, conf
         policy = mask & ~is_gold[:, None]
         part |= {"loss": loss.detach(), "entropy": entropy[policy].sum(), "mismatch": (rows["logprobs"] - old)[policy].abs().sum()}
         sums.update(dict(zip(part, torch.stack([x.double() for x in part.values()]).tolist())))
-    torch.autograd.backward(prefix.tensors, [torch.zeros_like(x) if x.grad is None else x.grad for x in leaves.tensors])
+    if len(parts) > 1:
+        torch.autograd.backward(prefix.tensors, [torch.zeros_like(x) if x.grad is None else x.grad for x in leaves.tensors])
     return sums
 
 
@@ -171,9 +174,10 @@ def score(policy: Transformer, items: list[Item], config: Config, temperature: f
     """The trainer's logprobs (G, T) of each group, on the CPU, without gradient."""
     scores = []
     for batch in passes(items, config):
-        prefix = encode_prompts(policy, [i.group.prompt for i in batch])
-        parts = [score_responses(policy, prefix, rows["owner"], rows["responses"], rows["lengths"], temperature)[0].cpu()
-                 for rows in row_passes(batch, config, policy.norm.weight.device)]
+        prompts, parts = [i.group.prompt for i in batch], list(row_passes(batch, config, policy.norm.weight.device))
+        if len(parts) > 1:
+            prompts = encode_prompts(policy, prompts)
+        parts = [score_responses(policy, prompts, rows["owner"], rows["responses"], rows["lengths"], temperature)[0].cpu() for rows in parts]
         for item, logprobs in zip(batch, table(parts).split([len(i.group.lengths) for i in batch])):
             T = item.group.responses.shape[1]
             scores.append(torch.nn.functional.pad(logprobs, (0, max(0, T - logprobs.shape[1])))[:, :T])
@@ -553,6 +557,7 @@ def read_all(config: Config, algorithm: Algorithm, device: torch.device):
 
 
 def main():
+    keep_freed_memory()
     config, algorithm, given = parse_flags()
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -570,6 +575,7 @@ def main():
             shutil.rmtree(config.out)
         raise
     compute = compute_copy(model, pick_dtype(config.dtype, device))
+    compute.gradient_checkpointing = config.gradient_checkpointing
     with_gold = sum(p.gold_ids is not None for p in problems)
     if not with_gold and algorithm.gold_when != "never":
         why = f"none of its golds can be used, see the notes; first: {complaints[0]}" if complaints else "--answer-only-gold makes gold of bare answers"

@@ -68,14 +68,14 @@ def small_model(tmp_path_factory):
 
 @pytest.fixture(params=["asked after every token", "asked after 16 tokens"])
 def check(request, monkeypatch):
-    """Whether rows have ended is asked after each token on a CPU, and less often on a GPU. The second device here is a
-    GPU only by the name of its type, so that both ways are tested everywhere."""
+    """Whether rows have ended is asked after each token on a CPU, and less often on a GPU, where rows and seats are
+    rounded up besides. The second device here is a GPU only by the name of its type, so that both ways are tested everywhere."""
     if request.param == "asked after 16 tokens":
         device, start = type("Device", (str,), {"type": "gpu"})("cpu"), sampler.Batch.__init__
 
         def start_on_device(batch, *args):
             start(batch, *args)
-            batch.device = device
+            batch.device, batch.columns, batch.row_unit, batch.seat_unit = device, 7, 5, 3
         monkeypatch.setattr(sampler.Batch, "__init__", start_on_device)
 
 
