@@ -402,17 +402,12 @@ def packing(lengths: Tensor, width: int):
     grid, and two functions: spread (1, heads, n, d) -> (N, heads, width, d), zeros in the padding, and pack, back."""
     rows, cols = (torch.arange(width, device=lengths.device) < lengths[:, None]).nonzero(as_tuple=True)
     place, N = rows * width + cols, len(lengths)
-    full = len(rows) == N * width                           # no padding: both are views
 
     def spread(x):
-        if full:
-            return x[0].unflatten(1, (N, width)).transpose(0, 1)
         grid = x.new_zeros(N * width, x.shape[1], x.shape[3]).index_copy(0, place, x[0].transpose(0, 1))
         return grid.view(N, width, *grid.shape[1:]).transpose(1, 2)
 
     def pack(x):
-        if full:
-            return x.transpose(0, 1).flatten(1, 2)[None]
         return x.transpose(1, 2).flatten(0, 1).index_select(0, place).transpose(0, 1)[None]
     return rows, cols, spread, pack
 
