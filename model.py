@@ -50,6 +50,8 @@ def exit_cleanly(main) -> None:
         status = 1
     except OSError as e:
         message, status = f"error: {e.filename or 'a file'}: {e.strerror or e}", 2
+    except SafetensorError as e:
+        message, status = f"error: weights cannot be read or written ({e})", 2
     except RuntimeError as e:  # torch.OutOfMemoryError is one, and on a CPU there is no class of its own
         if not isinstance(e, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(e):
             raise
@@ -66,8 +68,8 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):
         return
-    mallopt(-3, 2**30)      # M_MMAP_THRESHOLD: blocks smaller than this come from the heap …
-    mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: … and the heap keeps so much when it is free
+    mallopt(-3, 2**30) or mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: blocks smaller than this come from the heap (old versions take 32 MiB at most) …
+    mallopt(-1, 2**31 - 1)                    # M_TRIM_THRESHOLD: … and the heap keeps so much when it is free
 
 
 def pick_device(name: str) -> torch.device:
@@ -77,6 +79,8 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(1, device=device).item()
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)   # CUDA graphs are recorded on the current one
         return device
     except (RuntimeError, AssertionError, NotImplementedError) as e:
         raise InputError(f"--device {name}: cannot be used ({str(e).splitlines()[0]})") from None
@@ -463,6 +467,8 @@ def ragged_attention(lengths: Tensor, query_heads: int, prompt_lengths: Tensor |
         parts.append((part, sum(sizes[part]), spread, pack, torch.zeros(hide.shape, device=device).masked_fill(hide, float("-inf"))[:, None]))
         first = last
 
+    masks = {}                                              # (m or 1, 1, S·t, P + t) of each part
+
     def attend(q, k, v, keys=None, values=None):
         K, d, outs = k.shape[1], k.shape[3], []
         for (part, _, spread, pack, bias), q_part, k_part, v_part in zip(parts, *(x.split([tokens for _, tokens, *_ in parts], dim=2) for x in (q, k, v))):
@@ -472,12 +478,14 @@ def ragged_attention(lengths: Tensor, query_heads: int, prompt_lengths: Tensor |
                 k_part = torch.cat([keys.index_select(0, owner[part]), k_part], dim=2)              # (m, K, P + t, d)
                 v_part = torch.cat([values.index_select(0, owner[part]), v_part], dim=2)
             # The S query heads that share a key head stand below each other, so that keys are not copied for them.
-            folded, bias = padded.reshape(m, K, H // K * t, d), bias.repeat(1, 1, H // K, 1)        # (m or 1, 1, S·t, P + t)
+            folded = padded.reshape(m, K, H // K * t, d)
+            if part.start not in masks:                     # one for all layers; on a GPU its rows lie as SDPA's kernel wants them
+                masks[part.start] = F.pad(bias, (0, -(P + t) % 8)).to(q.dtype if q.is_cuda else bias.dtype).repeat(1, 1, H // K, 1)[..., :P + t]
             if q.is_cuda:
-                out = F.scaled_dot_product_attention(folded, k_part, v_part, attn_mask=bias.to(q.dtype).expand(m, -1, -1, -1))
+                out = F.scaled_dot_product_attention(folded, k_part, v_part, attn_mask=masks[part.start].expand(m, -1, -1, -1))
             else:
-                out = CachedAttention.apply(folded, k_part, v_part, bias)
-            outs.append(pack(out.view_as(padded)))
+                out = CachedAttention.apply(folded, k_part, v_part, masks[part.start])
+            outs.append(pack(out.reshape(padded.shape)))
         return torch.cat(outs, dim=2)
     return attend
 
@@ -694,6 +702,14 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jin
                    "vocab.json", "merges.txt", "tokenizer.model", "generation_config.json")
 
 
+def copy_tokenizer(source: str, folder: str) -> None:
+    """Tokenizer, template and generation files of a model folder."""
+    os.makedirs(folder, exist_ok=True)
+    for name in TOKENIZER_FILES:
+        if os.path.isfile(os.path.join(source, name)):
+            shutil.copyfile(os.path.join(source, name), os.path.join(folder, name))
+
+
 def save_model(model: Transformer, folder: str, tokenizer_from: str | None = None) -> None:
     """Write a folder that transformers, vLLM and load_model read: config, weights in the model's own dtype, and
     tokenizer files copied from `tokenizer_from`. Written beside and renamed, so `folder` is never half a model."""
@@ -706,9 +722,8 @@ def save_model(model: Transformer, folder: str, tokenizer_from: str | None = Non
         json.dump(raw, f, indent=2)
     save_file({name: p.detach().cpu().contiguous() for name, p in named_as_in_files(model).items()},
               os.path.join(beside, "model.safetensors"), metadata={"format": "pt"})
-    for name in TOKENIZER_FILES if tokenizer_from else ():
-        if os.path.isfile(os.path.join(tokenizer_from, name)):
-            shutil.copyfile(os.path.join(tokenizer_from, name), os.path.join(beside, name))
+    if tokenizer_from:
+        copy_tokenizer(tokenizer_from, beside)
     if os.path.isdir(folder):
         old = f"{folder.rstrip('/')}.old"
         shutil.rmtree(old, ignore_errors=True)

@@ -32,7 +32,8 @@ from data import Problem, Tokenizer, extract_answer, grade, grade_group, last_nu
 from gcpo import Group
 from model import InputError, Transformer, encode_prompts, exit_cleanly, keep_freed_memory, load_model, packed_weights, pick_device, pick_dtype
 
-PREFILL_TOKENS = 4096        # prompts that enter together run together, up to so many tokens
+PREFILL_TOKENS = 4096        # prompts that enter together run together, up to so many tokens, padding counted (keys and values are padded)
+CACHE_COLUMNS = {"cpu": 32, "cuda": 128}  # lengths of caches are rounded up to these
 CPU_CACHE_BYTES = 4 * 2**30  # a fixed budget, so that the same command always makes the same batches
 
 
@@ -102,7 +103,7 @@ class Batch:
         self.model, self.device, self.select, self.K, self.G, self.R, self.B = model, device, select, K, group_size, rows, seats
         # Caches are as long as what is in flight, rounded up, and widths on a GPU change rarely: for each a step is recorded.
         on_gpu = device.type == "cuda"
-        self.columns, self.row_unit, self.seat_unit = (128, 32, 8) if on_gpu else (32, 1, 1)
+        self.columns, self.row_unit, self.seat_unit = (CACHE_COLUMNS["cuda"], 32, 8) if on_gpu else (CACHE_COLUMNS["cpu"], 1, 1)
         cache = lambda *shape: [torch.empty(shape, dtype=like.dtype, device=device) for _ in range(c.num_hidden_layers)]
         self.prompt_k, self.prompt_v = cache(seats, K, d, 0), cache(seats, K, 0, d)
         self.k, self.v = cache(rows, K, d, 0), cache(rows, K, 0, d)
@@ -143,6 +144,7 @@ class Batch:
                 caches[layer] = old.new_zeros([*old.shape[:dim], width, *old.shape[dim + 1:]])
                 caches[layer].narrow(dim, 0, kept).copy_(old.narrow(dim, 0, kept))
         self.graphs.clear()                                                  # they would go on reading the old ones
+        self.pool = self.pool and torch.cuda.graph_pool_handle()             # a pool ends with its last graph
 
     def append(self, logits: Tensor, rows: slice):
         """Choose the next token of `rows` from logits (n, V)."""
@@ -234,8 +236,9 @@ class Batch:
         n = len(kept)
         holes, movers = [row for row in rows if row < n], [row for row in kept if row >= n]
         if holes:
+            to, source = torch.tensor(holes, device=self.device), torch.tensor(movers, device=self.device)
             for cache in (*self.k, *self.v, self.slot, self.length, self.ended, self.tokens, self.logprobs, self.uniforms):
-                cache[holes] = cache[movers]
+                cache[to] = cache[source]
             for hole, mover in zip(holes, movers):
                 self.owner[hole], self.entered[hole] = self.owner[mover], self.entered[mover]
         self.owner, self.entered = self.owner[:n], self.entered[:n]
@@ -270,9 +273,11 @@ def cache_bytes_per_token(model: Transformer) -> int:
 
 def rows_that_fit(model: Transformer, group_size: int, longest_prompt: int, max_new_tokens: int) -> int:
     """How many rows to keep in flight, at most 256, so that keys and values fit the memory: per row its own and a share of
-    its prompt's (see `seats` in `sample`), a token's id, logprob and uniform, and its logits twice or so."""
+    its prompt's (see `seats` in `run_to_the_end`), a token's id, logprob and uniform, and its logits in several forms."""
     weight = model.embed_tokens.weight
-    row = cache_bytes_per_token(model) * (max_new_tokens + 2 * longest_prompt / group_size) + 20 * max_new_tokens + 12 * model.config.vocab_size
+    columns = CACHE_COLUMNS["cuda" if weight.device.type == "cuda" else "cpu"]
+    rounded = lambda length: -(-length // columns) * columns
+    row = cache_bytes_per_token(model) * (rounded(max_new_tokens) + 2 * rounded(longest_prompt) / group_size) + 20 * max_new_tokens + 28 * model.config.vocab_size
     budget = CPU_CACHE_BYTES
     if weight.device.type == "cuda":  # what the device has free, and what PyTorch holds of it without using it
         free = torch.cuda.mem_get_info(weight.device)[0] + torch.cuda.memory_reserved(weight.device) - torch.cuda.memory_allocated(weight.device)
@@ -321,11 +326,10 @@ def run_to_the_end(model, prompts, ids, G, max_new_tokens, select, stop_ids, see
 
     while batch.n or waiting:
         while waiting and batch.n + G <= rows and batch.seats < seats:
-            entering, tokens = [], 0
+            entering = []
             room = min((rows - batch.n) // G, seats - batch.seats)
-            while waiting and len(entering) < room and (not entering or tokens + len(prompts[waiting[0]]) <= PREFILL_TOKENS):
+            while waiting and len(entering) < room and (not entering or (len(entering) + 1) * max(len(prompts[i]) for i in [*entering, waiting[0]]) <= PREFILL_TOKENS):
                 entering.append(waiting.popleft())
-                tokens += len(prompts[entering[-1]])
             uniforms = []
             for i in entering:
                 generator = prompt_generator(seed, ids[i], seen[ids[i]])

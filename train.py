@@ -20,6 +20,7 @@ import re
 import shlex
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -29,10 +30,11 @@ import tokenizers
 import torch
 from tqdm import tqdm
 
+from checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint, sha256
 from data import Problem, Tokenizer, grade_group, load_reward, load_tokenizer, prepare, read_problems
 from gcpo import ALGORITHMS, Algorithm, Group, gold_group, group_advantages, policy_loss, substitute_gold, switch
-from model import (InputError, Transformer, encode_prompts, exit_cleanly, keep_freed_memory, load_model, pick_device, pick_dtype, read_config, save_model,
-                   score_responses)
+from model import (InputError, Transformer, encode_prompts, exit_cleanly, keep_freed_memory, load_model, pick_device, pick_dtype, read_config, read_json, save_model,
+                   score_responses, weight_files, copy_tokenizer)
 from sampler import cache_bytes_per_token, evaluate, prompt_generator, rows_that_fit, sample
 
 
@@ -58,7 +60,10 @@ class Config:
     eval_every: int = switch(0, "evaluate every so many steps; 0: before and after only")
     eval_samples: int = switch(1, "responses per held-out problem; 1 is greedy, more are sampled at temperature 1")
     eval_limit: int = switch(200, "only the first so many held-out problems; 0: all")
-    save_every: int = switch(0, "also save the model every so many steps; 0: at the end only")
+    save_every: int = switch(50, "write a checkpoint every so many steps, and at the end; 0: at the end only")
+    keep: int = switch(2, "checkpoints to keep, and the best by evaluation besides")
+    resume: bool = switch(False, "go on with the run in --out (default: the newest of its name), to the bit")
+    max_bad_steps: int = switch(10, "stop after so many steps in a row whose gradient is not finite")
     answer_format: str = switch("hash", "what instruction and gold use: #### or \\boxed{}", ("hash", "boxed"))
     instruction: str = switch(None, "text after each question, in place of the format's own")
     answer_only_gold: bool = switch(False, "make gold from the bare answer where the data has no solution")
@@ -119,8 +124,9 @@ class Item:
 
 
 def passes(items: list[Item], config: Config) -> list[list[Item]]:
-    """Whole groups that go through the network together: as many as `rows_per_pass` holds, and at least one."""
-    size = max(1, config.rows_per_pass // max((len(i.group.lengths) for i in items), default=1))
+    """Whole groups that go through the network together: as many as `rows_per_pass` holds, and at least one. (Of golds
+    alone, groups of one row, as many as a group of rollouts has.)"""
+    size = max(1, (config.rows_per_pass or config.group_size) // max((len(i.group.lengths) for i in items), default=1))
     return [items[i:i + size] for i in range(0, len(items), size)]
 
 
@@ -184,6 +190,17 @@ def score(policy: Transformer, items: list[Item], config: Config, temperature: f
     return scores
 
 
+def culprit(model: Transformer, compute: Transformer, items: list[Item], algorithm: Algorithm, config: Config) -> Item:
+    """The first group whose gradient, taken alone, is not finite (the first of all if only their sum is not)."""
+    for item in (live := [i for i in items if i.has_contrast]):
+        backward(compute, [item], algorithm, config, 1, 1)
+        finite = all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+        model.zero_grad(set_to_none=True)
+        if not finite:
+            return item
+    return live[0]
+
+
 def update(model: Transformer, compute: Transformer, optimizer, items: list[Item], algorithm: Algorithm, config: Config) -> tuple[Counter, float | None]:
     """One step of the optimizer. Returns the metric sums and the gradient norm before clipping, or None where no group has contrast.
 
@@ -209,8 +226,10 @@ def update(model: Transformer, compute: Transformer, optimizer, items: list[Item
 # The algorithm
 
 def train(config: Config, algorithm: Algorithm, model: Transformer, compute: Transformer, tokenizer: Tokenizer, problems: list[Problem],
-          held_out: list[Problem], reward, log) -> tuple[dict, dict]:
-    """The whole run. Returns the metrics of the first and the last evaluation."""
+          held_out: list[Problem], reward, log, checkpoint: str | None = None, stopping=lambda: False) -> tuple[float | None, float | None]:
+    """The whole run, or the rest of it from `checkpoint` on. Returns the held-out accuracy before and after.
+
+    Once stopping() is true, the step is finished and saved, and KeyboardInterrupt raised."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=True)
     reference = load_model(config.model, compute.norm.weight.device, compute.norm.weight.dtype) if algorithm.kl_coef > 0 else None
     start = [p.detach().to(torch.bfloat16, copy=True) for p in model.parameters()]
@@ -221,11 +240,17 @@ def train(config: Config, algorithm: Algorithm, model: Transformer, compute: Tra
             tqdm.write(f"step {step}: held-out accuracy {metrics['eval/mean']:.1%}")
         return metrics
 
-    before = after = evaluated(0)
-    log("metrics", {"step": 0, **before})
+    if checkpoint:
+        state = load_checkpoint(checkpoint, model, optimizer)
+        refresh(compute, model)
+    else:
+        metrics = evaluated(0)
+        log("metrics", {"step": 0, **metrics})
+        before = metrics.get("eval/mean")
+        state = {"step": 0, "before": before, "after": before, "best": None, "best_step": None, "bad_steps": 0}
 
     in_a_file = {} if sys.stderr.isatty() else {"mininterval": 30}  # a bar that is not watched but kept
-    bar = tqdm(range(config.steps), desc=algorithm.name, unit="step", dynamic_ncols=True, **in_a_file)
+    bar = tqdm(range(state["step"], config.steps), desc=algorithm.name, unit="step", initial=state["step"], total=config.steps, dynamic_ncols=True, **in_a_file)
     for step in bar:
         began = time.perf_counter()
         chosen = [(i, problems[i]) for i in batch_indices(len(problems), step, config)]
@@ -253,11 +278,13 @@ def train(config: Config, algorithm: Algorithm, model: Transformer, compute: Tra
             item.ref_logprobs = logprobs
         for param_group in optimizer.param_groups:
             param_group["lr"] = learning_rate(step, config)
-        sums, norms = Counter(), []
+        sums, norms, bad = Counter(), [], None
         for batch in minibatches:
             batch_sums, norm = update(model, compute, optimizer, batch, algorithm, config)
             sums.update(batch_sums)
             norms.append(norm)
+            if norm is not None and not math.isfinite(norm):
+                bad = bad or culprit(model, compute, batch, algorithm, config)
         updated = time.perf_counter()
 
         tokens = sum(int(g.lengths.sum()) for g in rollouts or [i.group for i in items])
@@ -266,15 +293,26 @@ def train(config: Config, algorithm: Algorithm, model: Transformer, compute: Tra
                    "time/tokens_per_second": tokens / (updated - began), "memory/peak_gib": peak_bytes(compute.norm.weight.device) / 2**30}
         last = step + 1 == config.steps
         due = lambda every: last or (every and (step + 1) % every == 0)
-        if due(config.save_every):
-            save_model(model, os.path.join(config.out, "model" if last else f"step-{step + 1}"), tokenizer.folder)
+        state |= {"step": step + 1, "bad_steps": state["bad_steps"] + 1 if bad else 0}
+        if last:
+            save_model(model, os.path.join(config.out, "model"), os.path.join(config.out, "tokenizer"))
         if due(config.eval_every):
-            after = evaluated(step + 1)
-            metrics |= after
+            metrics |= evaluated(step + 1)
+            state["after"] = metrics.get("eval/mean")
+            if state["after"] is not None and (state["best"] is None or state["after"] > state["best"]):
+                state |= {"best": state["after"], "best_step": step + 1}
         log("metrics", metrics)
-        log("samples", sample_record(step + 1, items, tokenizer))
+        log("samples", sample_record(step + 1, [bad] if bad else items, tokenizer) | ({"gradient": "not finite"} if bad else {}))
+        # The log first: what it says beyond the checkpoint is cut off on resuming, what it lacks would be lacking.
+        if due(config.save_every) or state["best_step"] == step + 1 or stopping():
+            save_checkpoint(config.out, model, optimizer, state, os.path.join(config.out, "tokenizer"), config.keep)
+        if state["bad_steps"] >= config.max_bad_steps:
+            raise InputError(f"step {step + 1}: the gradient was not finite for {state['bad_steps']} steps in a row (samples.jsonl shows the groups); "
+                             f"the weights are those before them, in {config.out}/checkpoints; try a lower --lr or --dtype float32")
+        if stopping() and not last:
+            raise KeyboardInterrupt
         bar.set_postfix_str((f"reward {metrics['reward/mean']:.3f}, " if rollouts else "") + f"gold {metrics['gold/share']:.2f}, {metrics['time/tokens_per_second']:.0f} tokens/s")
-    return before, after
+    return state["before"], state["after"]
 
 
 def batch_indices(size: int, step: int, config: Config) -> list[int]:
@@ -337,6 +375,15 @@ def update_metrics(sums: Counter, norms: list[float | None]) -> dict:
         "policy/ref_kl": over("ref_kl", "policy_tokens") if "ref_kl" in sums else math.nan, "sampler/mismatch": over("mismatch", "policy_tokens"),
         "gold/logprob": over("gold_logprob", "gold_tokens"), "gold/ratio": over("gold_ratio", "gold_tokens"),
         "gold/clip_fraction": over("gold_clipped", "gold_tokens")}
+
+
+def git_commit() -> str | None:
+    """Of the code that runs, if it lies in a git repository."""
+    try:
+        done = subprocess.run(["git", "-C", os.path.dirname(os.path.abspath(__file__)), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
+        return done.stdout.strip() or None
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 def peak_bytes(device: torch.device) -> float:
@@ -424,6 +471,10 @@ def build_toy(folder: str, seed: int) -> dict:
     model = Transformer(read_config(blank)).init_weights(torch.Generator().manual_seed(seed))
     save_model(model, os.path.join(folder, "model"), tokenizer_from=blank)
     shutil.rmtree(blank)
+    return toy_files(folder)
+
+
+def toy_files(folder: str) -> dict:
     return {"model": os.path.join(folder, "model"), "data": os.path.join(folder, "train.jsonl"), "eval_data": os.path.join(folder, "held_out.jsonl")}
 
 
@@ -489,7 +540,7 @@ def parse_flags(argv: list[str] | None = None) -> tuple[Config, Algorithm, dict]
 
 def check(config: Config) -> None:
     least = dict(steps=1, prompts=1, group_size=1, max_new_tokens=1, updates=1, lr=0, lr_end=0, warmup=0, weight_decay=0, eval_every=0,
-                 eval_samples=1, eval_limit=0, save_every=0, threads=0, rows=0, rows_per_pass=0, seed=0)
+                 eval_samples=1, eval_limit=0, save_every=0, keep=1, max_bad_steps=1, threads=0, rows=0, rows_per_pass=0, seed=0)
     for name, low in least.items():
         value = getattr(config, name)
         if not low <= value < math.inf:
@@ -503,8 +554,8 @@ def check(config: Config) -> None:
         raise InputError(f"--seed {config.seed} or --threads {config.threads}: too large")
     if config.updates > config.prompts:
         raise InputError(f"--updates {config.updates}: each update needs a group, and there are --prompts {config.prompts}")
-    if config.out and os.path.exists(config.out) and (not os.path.isdir(config.out) or os.listdir(config.out)):
-        raise InputError(f"--out {config.out}: there is something already; name another folder or remove it")
+    if config.out and not config.resume and os.path.exists(config.out) and (not os.path.isdir(config.out) or os.listdir(config.out)):
+        raise InputError(f"--out {config.out}: there is something already; name another folder, remove it, or add --resume to go on with it")
 
 
 def fresh_folder(stem: str) -> str:
@@ -516,10 +567,58 @@ def fresh_folder(stem: str) -> str:
     return name
 
 
+def latest_folder(stem: str) -> str:
+    """The newest run of this name: runs/NAME-3, if there is no runs/NAME-4."""
+    name, n = stem, 1
+    while os.path.exists(f"{stem}-{n + 1}"):
+        n += 1
+        name = f"{stem}-{n}"
+    return name
+
+
+HARMLESS = {"out", "resume", "steps", "eval_every", "save_every", "keep", "max_bad_steps", "model", "data", "eval_data"}  # the files by their checksums
+
+
+def record_of(config: Config, algorithm: Algorithm, device: torch.device, compute: Transformer) -> dict:
+    """What a resumed run must have in common with its beginning."""
+    settings = {name: value for name, value in asdict(config).items() if name not in HARMLESS}
+    settings |= {"steps": config.steps} if config.lr_end != 1 else {}   # the learning rate depends on them
+    settings |= {"algorithm": asdict(algorithm), "device": device.type, "dtype": str(compute.norm.weight.dtype), "threads": torch.get_num_threads()}
+    settings |= {"data": sha256(config.data), "eval_data": sha256(config.eval_data) if config.eval_data else None}
+    return settings | {"model": {os.path.basename(path): os.path.getsize(path) for path in weight_files(config.model)}}
+
+
+def refuse_changes(out: str, settings: dict) -> None:
+    """Raises InputError at the first setting that is not as in OUT/run.json."""
+    was = read_json(os.path.join(out, "run.json")).get("settings", {})
+    for name, new in settings.items():
+        old = was.get(name)
+        if name == "algorithm" and isinstance(old, dict) and old != new:
+            name = next(key for key in new if new[key] != old.get(key))
+            old, new = old.get(name), settings["algorithm"][name]
+        if old != new:
+            raise InputError(f"--resume: {name.replace('_', '-')} was {old!r} when {out} began, and is {new!r} now; use what it was, or begin a new run")
+
+
+def cut_log(path: str, step: int) -> None:
+    """Leave the whole lines of steps up to `step`: later ones will be written again."""
+    kept = []
+    with open(path, "rb") as f:
+        for line in f:
+            try:
+                if line.endswith(b"\n") and json.loads(line)["step"] <= step:
+                    kept.append(line)
+            except (ValueError, KeyError, TypeError):
+                pass
+    with open(path + ".writing", "wb") as f:
+        f.writelines(kept)
+    os.replace(path + ".writing", path)
+
+
 def as_command(config: Config, given: dict) -> str:
     """The run as one command, whatever chose its settings."""
     settings = {f.name: getattr(config, f.name) for f in fields(Config)
-                if f.name != "out" and (getattr(config, f.name) != f.default or f.name == "algo")}  # run again, it finds a folder of its own
+                if f.name not in ("out", "resume") and (getattr(config, f.name) != f.default or f.name == "algo")}  # run again, it finds a folder of its own
     settings |= {k: v for k, v in given.items() if k not in asdict(config)}
     words = ["python", "train.py"]
     for name, value in settings.items():
@@ -565,13 +664,17 @@ def main():
     toy = config.model is None
     folder = os.path.abspath(config.model or "toy")
     name = os.path.basename(os.path.dirname(folder) if os.path.basename(folder) == "model" else folder)  # runs/NAME/model is NAME
-    config = replace(config, out=config.out or fresh_folder(os.path.join("runs", f"{name}-{algorithm.name}")))
+    stem = os.path.join("runs", f"{name}-{algorithm.name}")
+    config = replace(config, out=config.out or (latest_folder(stem) if config.resume else fresh_folder(stem)))
+    if config.resume and not os.path.isfile(os.path.join(config.out, "run.json")):
+        raise InputError(f"--resume: {config.out} holds no run (no run.json there); name the run with --out, or begin anew without --resume")
     if toy:
-        config = replace(config, **build_toy(os.path.join(config.out, "toy"), config.seed))
+        folder = os.path.join(config.out, "toy")
+        config = replace(config, **(toy_files(folder) if config.resume else build_toy(folder, config.seed)))
     try:
         reward, problems, held_out, complaints, tokenizer, model = read_all(config, algorithm, device)
     except InputError:
-        if toy:
+        if toy and not config.resume:
             shutil.rmtree(config.out)
         raise
     compute = compute_copy(model, pick_dtype(config.dtype, device))
@@ -583,6 +686,11 @@ def main():
     if shared := {str(p.question) for p in problems} & {str(p.question) for p in held_out}:
         print(f"warning: {len(shared)} of the held-out questions stand in {config.data} too, one is {min(shared)[:60]!r}", file=sys.stderr)
 
+    settings = record_of(config, algorithm, device, compute)
+    checkpoint = None
+    if config.resume:
+        refuse_changes(config.out, settings)
+        checkpoint = newest_checkpoint(config.out)
     os.makedirs(config.out, exist_ok=True)
     print(as_command(config, given))
     n = sum(p.numel() for p in model.parameters())
@@ -595,32 +703,49 @@ def main():
     if len(complaints) > 3:
         print(f"note: … and {len(complaints) - 3} more, {len(complaints)} in all")
 
-    files = {kind: open(os.path.join(config.out, f"{kind}.jsonl"), "x", encoding="utf-8") for kind in ("metrics", "samples")}
+    if config.resume:
+        step = read_json(os.path.join(checkpoint, "state.json"))["step"] if checkpoint else -1
+        print(f"resuming {config.out} " + (f"after step {step}" if checkpoint else "from its beginning: it has no checkpoint yet"))
+        for kind in ("metrics", "samples"):
+            if os.path.exists(os.path.join(config.out, f"{kind}.jsonl")):
+                cut_log(os.path.join(config.out, f"{kind}.jsonl"), step)
+    else:
+        copy_tokenizer(config.model, os.path.join(config.out, "tokenizer"))  # the model folder may go while we run
+        with open(os.path.join(config.out, "run.json.writing"), "w", encoding="utf-8") as f:
+            json.dump({"command": as_command(config, given), "config": asdict(config), "settings": settings, "algorithm": asdict(algorithm), "parameters": n,
+                       "device": str(device), "dtype": str(compute.norm.weight.dtype), "threads": torch.get_num_threads(), "problems": len(problems),
+                       "with_gold": with_gold, "gold_not_used": complaints, "held_out": len(held_out), "git": git_commit(),
+                       "python": platform.python_version(), "torch": torch.__version__, "tokenizers": tokenizers.__version__}, f, indent=2)
+        os.replace(f.name, os.path.join(config.out, "run.json"))
+    files = {kind: open(os.path.join(config.out, f"{kind}.jsonl"), "a", encoding="utf-8") for kind in ("metrics", "samples")}
 
     def log(kind, record):
         record = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}  # JSON knows no NaN
         files[kind].write(json.dumps(record, ensure_ascii=False) + "\n")
         files[kind].flush()
-    with open(os.path.join(config.out, "run.json"), "w", encoding="utf-8") as f:
-        json.dump({"command": as_command(config, given), "config": asdict(config), "algorithm": asdict(algorithm), "parameters": n, "device": str(device),
-                   "dtype": str(compute.norm.weight.dtype), "threads": torch.get_num_threads(), "problems": len(problems), "with_gold": with_gold,
-                   "gold_not_used": complaints, "held_out": len(held_out), "python": platform.python_version(), "torch": torch.__version__,
-                   "tokenizers": tokenizers.__version__}, f, indent=2)
+        os.fsync(files[kind].fileno())
+
+    asked = []
 
     def stop(*_):
-        raise KeyboardInterrupt
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(True)
+        tqdm.write("stopping after this step (once more: at once, back to the last checkpoint)", file=sys.stderr)
+    signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
     model_folder = os.path.join(config.out, "model")
     try:
-        before, after = train(config, algorithm, model, compute, tokenizer, problems, held_out, reward, log)
+        before, after = train(config, algorithm, model, compute, tokenizer, problems, held_out, reward, log, checkpoint, lambda: bool(asked))
     except KeyboardInterrupt:
-        save_model(model, model_folder, tokenizer.folder)
-        print(f"\nstopped; the model as it was is in {model_folder}, the steps that were finished are in {config.out}/metrics.jsonl", file=sys.stderr)
+        saved = newest_checkpoint(config.out)
+        print("\nstopped; " + (f"the model so far is {saved}/model; " if saved else "") + f"to go on: the same command with --resume --out {shlex.quote(config.out)}",
+              file=sys.stderr)
         raise
-    if before:
+    if before is not None:
         k = config.eval_samples
         print(f"held-out accuracy ({len(held_out)} problems, {'greedy' if k == 1 else f'{k} samples each'}): "
-              f"before {before['eval/mean']:.1%}, after {after['eval/mean']:.1%}")
+              f"before {before:.1%}, after {after:.1%}")
     python = sys.orig_argv[0]  # as it was called: .venv/bin/python
     print(f"model    {model_folder}\nmetrics  {os.path.join(config.out, 'metrics.jsonl')}\nsamples  {os.path.join(config.out, 'samples.jsonl')}")
     print(f"plot     {shlex.join([python, 'plot.py', config.out])}")

@@ -106,7 +106,9 @@ def test_a_run_leaves_a_whole_folder(toy, tmp_path):
     assert len(gold) == 2 and all(r["correct"] and r["advantage"] > 0 for r in gold)
     record = json.load(open(os.path.join(out, "run.json")))
     assert record["algorithm"]["name"] == "gcpo" and record["config"]["updates"] == 2 and record["with_gold"] == 4_000
-    assert sorted(os.listdir(out)) == ["metrics.jsonl", "model", "run.json", "samples.jsonl", "step-1"]
+    assert sorted(os.listdir(out)) == ["checkpoints", "metrics.jsonl", "model", "run.json", "samples.jsonl", "tokenizer"]
+    assert sorted(os.listdir(os.path.join(out, "checkpoints"))) == ["step-000001", "step-000002"]
+    assert record["git"] is None or len(record["git"]) == 40
 
     transformers = pytest.importorskip("transformers")
     theirs, ours = transformers.AutoModelForCausalLM.from_pretrained(os.path.join(out, "model")).float(), load_model(os.path.join(out, "model"))
@@ -265,8 +267,10 @@ def test_a_stopped_run_keeps_its_model(tmp_path, sent):
         time.sleep(0.1)
     process.send_signal(sent)
     errors = process.communicate(timeout=60)[1]
-    assert process.returncode == 130 and "Traceback" not in errors and f"stopped; the model as it was is in {out}/model" in errors
-    assert load_model(str(out / "model")) and len(metrics_of(out)) >= 3
+    steps = metrics_of(out)[-1]["step"]
+    model = out / "checkpoints" / f"step-{steps:06d}" / "model"
+    assert process.returncode == 130 and "Traceback" not in errors and f"--resume --out {out}" in errors and str(model) in errors
+    assert load_model(str(model)) and steps >= 2
 
 
 @pytest.mark.parametrize("error, status, words", [

@@ -1,0 +1,120 @@
+"""Checkpoints: everything a run needs to go on to the bit, in safetensors and JSON.
+
+    OUT/checkpoints/step-000020/model/               a Hugging Face folder like any other
+                                optimizer.safetensors  AdamW's moments
+                                state.json             step, best evaluation, and size and SHA-256 of every file
+
+There is no random state: everything random in a run follows from the seed and the step. A checkpoint is written beside,
+flushed to the disk and renamed, so a name without `.writing` at its end is a whole one, and the one before stays until
+then. What a bad disk or a stranger does to it afterwards shows in the checksums; nothing in it is ever executed.
+"""
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from model import InputError, Transformer, load_model, read_json, save_model
+
+
+def sha256(path: str) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def flush_to_disk(path: str) -> None:
+    """A file's content, or a folder's names; a rename is safe only once what it names is."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def files_in(folder: str) -> list[str]:
+    return sorted(os.path.relpath(os.path.join(at, name), folder) for at, _, names in os.walk(folder) for name in names)
+
+
+def save_checkpoint(out: str, model: Transformer, optimizer: torch.optim.Optimizer, state: dict, tokenizer_from: str, keep: int) -> None:
+    """Write OUT/checkpoints/step-N and remove all but the last `keep` and the best. `state` names `step` and `best_step`."""
+    root = os.path.join(out, "checkpoints")
+    path, beside = os.path.join(root, f"step-{state['step']:06d}"), os.path.join(root, "next.writing")
+    shutil.rmtree(beside, ignore_errors=True)
+    os.makedirs(beside)
+    save_model(model, os.path.join(beside, "model"), tokenizer_from)
+    moments = {f"{name}.{key}": value for name, p in model.named_parameters() for key, value in optimizer.state.get(p, {}).items()}
+    save_file({name: x.detach().cpu().contiguous() for name, x in moments.items()}, os.path.join(beside, "optimizer.safetensors"))
+    files = {name: [os.path.getsize(os.path.join(beside, name)), sha256(os.path.join(beside, name))] for name in files_in(beside)}
+    with open(os.path.join(beside, "state.json"), "w", encoding="utf-8") as f:
+        json.dump({**state, "files": files}, f, indent=2)
+    for name in [*files, "state.json"]:
+        flush_to_disk(os.path.join(beside, name))
+    for at, _, _ in os.walk(beside):
+        flush_to_disk(at)
+    shutil.rmtree(path, ignore_errors=True)
+    os.rename(beside, path)
+    flush_to_disk(root)
+    for old in checkpoints(out)[:-keep]:
+        if old != f"step-{state['best_step'] or 0:06d}":
+            shutil.rmtree(os.path.join(root, old))
+
+
+def checkpoints(out: str) -> list[str]:
+    """Names under OUT/checkpoints, oldest first."""
+    root = os.path.join(out, "checkpoints")
+    return sorted(name for name in (os.listdir(root) if os.path.isdir(root) else []) if name.startswith("step-"))
+
+
+def damage(path: str) -> str | None:
+    """What is wrong with a checkpoint, or None."""
+    try:
+        state = read_json(os.path.join(path, "state.json"))
+        for name, (size, digest) in state["files"].items():
+            file = os.path.join(path, name)
+            if name != os.path.normpath(name) or name.startswith(("..", "/")):
+                return f"{name!r} lies outside it"
+            if not os.path.isfile(file):
+                return f"{name} is missing"
+            if os.path.getsize(file) != size:
+                return f"{name} has {os.path.getsize(file)} bytes, not {size}"
+            if sha256(file) != digest:
+                return f"{name} was altered"
+        if not isinstance(state["step"], int) or "optimizer.safetensors" not in state["files"]:
+            return "state.json names no step or no optimizer"
+    except (InputError, KeyError, TypeError, ValueError, AttributeError) as e:
+        return f"state.json cannot be used ({e})"
+    return None
+
+
+def newest_checkpoint(out: str) -> str | None:
+    """Path of the newest whole checkpoint; each that is damaged is named on stderr."""
+    for name in reversed(checkpoints(out)):
+        path = os.path.join(out, "checkpoints", name)
+        wrong = damage(path)
+        if wrong is None:
+            return path
+        print(f"warning: checkpoint {path} is damaged ({wrong}); going back to the one before", file=sys.stderr)
+    return None
+
+
+@torch.no_grad()
+def load_checkpoint(path: str, model: Transformer, optimizer: torch.optim.Optimizer) -> dict:
+    """Put weights and moments back in place. Returns the state."""
+    device = model.norm.weight.device
+    for p, saved in zip(model.parameters(), load_model(os.path.join(path, "model"), device, model.norm.weight.dtype).parameters(), strict=True):
+        p.copy_(saved)
+    by_name = dict(model.named_parameters())
+    with safe_open(os.path.join(path, "optimizer.safetensors"), framework="pt") as f:
+        for name in f.keys():
+            parameter, key = name.rsplit(".", 1)
+            if parameter not in by_name:
+                raise InputError(f"{path}: optimizer.safetensors holds {name}, which this model does not have")
+            # AdamW keeps its step count on the CPU unless it is fused on a GPU.
+            optimizer.state[by_name[parameter]][key] = f.get_tensor(name).to(device)
+    return read_json(os.path.join(path, "state.json"))
