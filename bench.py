@@ -291,7 +291,7 @@ def updating(args, device, dtype):
     for group in groups_for(args, device, dtype):
         rewards = torch.zeros(len(group.lengths))
         rewards[0] = 1
-        items.append(train.Item(None, group, train.group_advantages(rewards)))
+        items.append(train.Item(0, None, group, train.group_advantages(rewards)))
     rows, tokens = sum(len(i.group.lengths) for i in items), sum(int(i.group.lengths.sum()) for i in items)
     if args.child == "ours":
         model = load_model(args.model, device)
@@ -446,7 +446,7 @@ def grow_child(args):
         groups = made_up(prompts, args.group_size, args.max_new_tokens, V)
         advantages = train.group_advantages(torch.arange(args.group_size))
         config = train.Config(max_new_tokens=args.max_new_tokens, rows_per_pass=args.rows_per_pass)
-        run = lambda: train.backward(compute, [train.Item(None, g, advantages) for g in groups], ALGORITHMS["gcpo"], config, args.group_size, tokens)
+        run = lambda: train.backward(compute, [train.Item(0, None, g, advantages) for g in groups], ALGORITHMS["gcpo"], config, args.group_size, tokens)
         updated = min(timed(run, device)[1] for _ in range(args.rounds))
     print(json.dumps({"tokens": tokens, "sample": sampled, "update": updated, "idle": idle, "peak": train.peak_bytes(device)}))
 

@@ -362,15 +362,10 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     return 1 - math.comb(n - c, k) / math.comb(n, k)
 
 
-def evaluate(model: Transformer, problems: list[Problem], tokenizer: Tokenizer, samples: int, max_new_tokens: int, *, temperature: float,
-             top_p: float = 1.0, top_k: int = 0, seed=0, max_rows: int | None = None, reward=grade, correct_at: float = 1.0,
-             progress: str = "") -> tuple[dict[str, float], list[list[dict]]]:
-    """`samples` responses to every (prepared) problem. Returns metrics, and per problem its completions as records.
-
-    mean: share of correct responses, averaged over problems, and its standard error over problems (`mean_se`).
-    pass@k: unbiased, for k = 1, 2, 4, … up to `samples`. maj: share of problems whose commonest answer is right (the
-    earliest among equals; a response that names no answer has no vote). truncated: share of responses without an end.
-    no_answer: share that name no answer; last_number: share correct if the last number counted where none is named."""
+def complete(model: Transformer, problems: list[Problem], tokenizer: Tokenizer, samples: int, max_new_tokens: int, *, temperature: float,
+             top_p: float = 1.0, top_k: int = 0, seed=0, prompt_ids=None, max_rows: int | None = None, reward=grade, correct_at: float = 1.0,
+             progress: str = "") -> list[list[dict]]:
+    """`samples` responses to every (prepared) problem, graded: per problem its completions as records."""
     with tqdm(total=len(problems) * samples, desc=progress or None, disable=None if progress else True, unit="row", leave=False, dynamic_ncols=True) as bar:
         done = [0]
 
@@ -379,29 +374,44 @@ def evaluate(model: Transformer, problems: list[Problem], tokenizer: Tokenizer, 
             bar.update()
             bar.set_postfix_str(f"{done[0] / max(bar.format_dict['elapsed'], 1e-9):.0f} tokens/s", refresh=False)
         groups = sample(model, [p.prompt for p in problems], samples, max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k,
-                        stop_ids=tokenizer.stop_ids, seed=seed, max_rows=max_rows, progress=advance)
-    ks = sorted({min(2**i, samples) for i in range(samples.bit_length() + 1)})
-    shares, passes, majority, completions = [], {k: [] for k in ks}, [], []
+                        stop_ids=tokenizer.stop_ids, seed=seed, prompt_ids=prompt_ids, max_rows=max_rows, progress=advance)
+    completions = []
     for problem, group in zip(problems, groups):
-        group = grade_group(group, problem, tokenizer, reward, correct_at)
-        right, records = int(group.correct.sum()), []
+        group, records = grade_group(group, problem, tokenizer, reward, correct_at), []
         for ids, n, finished, r, ok in zip(group.responses, group.lengths.tolist(), group.finished.tolist(), group.rewards.tolist(), group.correct.tolist()):
             text = tokenizer.decode(ids[:n])
             records.append({"response": text, "answer": extract_answer(text), "correct": ok, "reward": r, "finished": finished, "tokens": n,
                             "correct_by_last_number": ok or (extract_answer(text) is None and last_number(text) == canonical(problem.answer))})
         completions.append(records)
-        shares.append(right / samples)
-        for k in ks:
-            passes[k].append(pass_at_k(samples, right, k))
+    return completions
+
+
+def summarize(completions: list[list[dict]]) -> dict[str, float]:
+    """Metrics of what `complete` returned.
+
+    mean: share of correct responses, averaged over problems, and its standard error over problems (`mean_se`).
+    pass@k: unbiased, for k = 1, 2, 4, … up to the number of samples. maj: share of problems whose commonest answer is right
+    (the earliest among equals; a response that names no answer has no vote). truncated: share of responses without an end.
+    no_answer: share that name no answer; last_number: share correct if the last number counted where none is named."""
+    samples = len(completions[0])
+    ks = sorted({min(2**i, samples) for i in range(samples.bit_length() + 1)})
+    right, majority = [sum(r["correct"] for r in records) for records in completions], []
+    for records in completions:
         votes = Counter(r["answer"] for r in records if r["answer"] is not None).most_common(1)
         majority.append(bool(votes) and next(r["correct"] for r in records if r["answer"] == votes[0][0]))
     rows = [r for records in completions for r in records]
     share = lambda values: sum(values) / len(values)
+    shares = [n / samples for n in right]
     spread = float(np.std(shares, ddof=1)) if len(shares) > 1 else float("nan")
-    metrics = {"mean": share(shares), "mean_se": spread / math.sqrt(len(shares)), **{f"pass@{k}": share(passes[k]) for k in ks},
-               "maj": share(majority), "truncated": share([not r["finished"] for r in rows]), "no_answer": share([r["answer"] is None for r in rows]),
-               "last_number": share([r["correct_by_last_number"] for r in rows]), "tokens": share([r["tokens"] for r in rows])}
-    return metrics, completions
+    return {"mean": share(shares), "mean_se": spread / math.sqrt(len(shares)), **{f"pass@{k}": share([pass_at_k(samples, n, k) for n in right]) for k in ks},
+            "maj": share(majority), "truncated": share([not r["finished"] for r in rows]), "no_answer": share([r["answer"] is None for r in rows]),
+            "last_number": share([r["correct_by_last_number"] for r in rows]), "tokens": share([r["tokens"] for r in rows])}
+
+
+def evaluate(*args, **settings) -> tuple[dict[str, float], list[list[dict]]]:
+    """`complete` and `summarize`: metrics, and per problem its completions."""
+    completions = complete(*args, **settings)
+    return summarize(completions), completions
 
 
 def main():

@@ -337,7 +337,7 @@ def some_items(count=3, seed=0, gold=True, algorithm=ALGORITHMS["gcpo"]):
             group = substitute_gold(group, draw(8), algorithm, generator)
         else:
             group.rewards[1] = 1.0
-        items.append(Item(None, group, group_advantages(group.rewards, algorithm.scale)))
+        items.append(Item(0, None, group, group_advantages(group.rewards, algorithm.scale)))
     return items
 
 
@@ -425,7 +425,7 @@ def test_never_gold_is_gspo_over_several_updates(tiny):
 def test_sft_is_the_likelihood_of_gold(tiny):
     """Forbids an SFT arm that is handicapped: its gradient is that of the mean token log-likelihood of the golds."""
     model, generator = tiny(), torch.Generator().manual_seed(5)
-    items = [Item(None, gold_group(torch.randint(2, 23, (4,), generator=generator), torch.randint(2, 23, (n,), generator=generator)), torch.ones(1))
+    items = [Item(0, None, gold_group(torch.randint(2, 23, (4,), generator=generator), torch.randint(2, 23, (n,), generator=generator)), torch.ones(1))
              for n in (3, 7)]
     loss = -sum(token_logprobs(model, i.group.prompt, i.group.responses, 0.7)[0].sum() for i in items) / 10
     expected = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])

@@ -30,12 +30,13 @@ import tokenizers
 import torch
 from tqdm import tqdm
 
+import parallel
 from checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint, sha256
 from data import Problem, Tokenizer, grade_group, load_reward, load_tokenizer, prepare, read_problems
 from gcpo import ALGORITHMS, Algorithm, Group, gold_group, group_advantages, policy_loss, substitute_gold, switch
 from model import (InputError, Transformer, encode_prompts, exit_cleanly, keep_freed_memory, load_model, pick_device, pick_dtype, read_config, read_json, save_model,
                    score_responses, weight_files, copy_tokenizer)
-from sampler import cache_bytes_per_token, evaluate, prompt_generator, rows_that_fit, sample
+from sampler import cache_bytes_per_token, complete, prompt_generator, rows_that_fit, sample, summarize
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,7 @@ def refresh(copy: Transformer, model: Transformer) -> None:
 @dataclass
 class Item:
     """A group with what an update needs to know of it."""
+    place: int                                  # in the step's batch, over all processes
     problem: Problem
     group: Group
     advantages: torch.Tensor                    # (G,)
@@ -204,16 +206,16 @@ def culprit(model: Transformer, compute: Transformer, items: list[Item], algorit
 def update(model: Transformer, compute: Transformer, optimizer, items: list[Item], algorithm: Algorithm, config: Config) -> tuple[Counter, float | None]:
     """One step of the optimizer. Returns the metric sums and the gradient norm before clipping, or None where no group has contrast.
 
-    Denominators count every row and token of these groups. A group without contrast has no gradient and costs nothing,
+    `items` are this process's share. Denominators count every row and token of all processes' groups. A group without contrast has no gradient and costs nothing,
     but counts. Where no group has any, weights and moments stay as they are: momentum must not move them. Nor
     is there a step on a gradient that is not finite; its norm is returned."""
-    total_rows = sum(len(i.group.lengths) for i in items)
-    total_tokens = sum(int(i.group.lengths.sum()) for i in items)
-    sums = Counter()
-    for batch in passes([i for i in items if i.has_contrast], config):
-        sums.update(backward(compute, batch, algorithm, config, total_rows, total_tokens))
-    if not sums:
+    live, sums = [i for i in items if i.has_contrast], Counter()
+    total_rows, total_tokens, total_live = parallel.totals(sum(len(i.group.lengths) for i in items), sum(int(i.group.lengths.sum()) for i in items), len(live))
+    if not total_live:
         return sums, None
+    for batch in passes(live, config):
+        sums.update(backward(compute, batch, algorithm, config, total_rows, total_tokens))
+    parallel.sum_gradients(model)
     grad_norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm))
     if math.isfinite(grad_norm):
         optimizer.step()
@@ -236,7 +238,7 @@ def train(config: Config, algorithm: Algorithm, model: Transformer, compute: Tra
 
     def evaluated(step):
         metrics = evaluation(compute, held_out, tokenizer, config, reward)
-        if metrics:
+        if metrics and parallel.rank() == 0:
             tqdm.write(f"step {step}: held-out accuracy {metrics['eval/mean']:.1%}")
         return metrics
 
@@ -250,25 +252,27 @@ def train(config: Config, algorithm: Algorithm, model: Transformer, compute: Tra
         state = {"step": 0, "before": before, "after": before, "best": None, "best_step": None, "bad_steps": 0}
 
     in_a_file = {} if sys.stderr.isatty() else {"mininterval": 30}  # a bar that is not watched but kept
-    bar = tqdm(range(state["step"], config.steps), desc=algorithm.name, unit="step", initial=state["step"], total=config.steps, dynamic_ncols=True, **in_a_file)
+    bar = tqdm(range(state["step"], config.steps), desc=algorithm.name, unit="step", initial=state["step"], total=config.steps, dynamic_ncols=True,
+               disable=parallel.rank() > 0, **in_a_file)
     for step in bar:
         began = time.perf_counter()
-        chosen = [(i, problems[i]) for i in batch_indices(len(problems), step, config)]
+        chosen = parallel.share([(place, i, problems[i]) for place, i in enumerate(batch_indices(len(problems), step, config))])
         if algorithm.train_on == "gold":
             rollouts = []
-            items = [Item(p, gold_group(p.prompt, p.gold_ids), torch.ones(1)) for _, p in chosen if p.gold_ids is not None]
+            items = [Item(place, p, gold_group(p.prompt, p.gold_ids), torch.ones(1)) for place, _, p in chosen if p.gold_ids is not None]
         else:
-            rollouts = sample(compute, [p.prompt for _, p in chosen], config.group_size, config.max_new_tokens, temperature=config.temperature,
-                              stop_ids=tokenizer.stop_ids, seed=(config.seed, step), prompt_ids=[i for i, _ in chosen], max_rows=config.rows or None)
-            rollouts = [grade_group(group, p, tokenizer, reward, config.correct_at) for group, (_, p) in zip(rollouts, chosen)]
-            items, slots = [], prompt_generator((config.seed, step, 1), 0, 0)   # `slots` draws which rollout gives way
-            for group, (_, p) in zip(rollouts, chosen):
-                if p.gold_ids is not None:
-                    group = substitute_gold(group, p.gold_ids, algorithm, slots, p.gold_reward)
-                items.append(Item(p, group, group_advantages(group.rewards, algorithm.scale)))
+            # A stream for each place, not for each problem: with few problems one may come twice in a step.
+            rollouts = sample(compute, [p.prompt for *_, p in chosen], config.group_size, config.max_new_tokens, temperature=config.temperature,
+                              stop_ids=tokenizer.stop_ids, seed=(config.seed, step), prompt_ids=[place for place, *_ in chosen], max_rows=config.rows or None)
+            rollouts = [grade_group(group, p, tokenizer, reward, config.correct_at) for group, (*_, p) in zip(rollouts, chosen)]
+            items = []
+            for group, (place, _, p) in zip(rollouts, chosen):
+                if p.gold_ids is not None:                                      # the generator draws which rollout gives way
+                    group = substitute_gold(group, p.gold_ids, algorithm, prompt_generator((config.seed, step, 1), place, 0), p.gold_reward)
+                items.append(Item(place, p, group, group_advantages(group.rewards, algorithm.scale)))
         sampled = time.perf_counter()
 
-        minibatches = [items[len(items) * i // config.updates:len(items) * (i + 1) // config.updates] for i in range(config.updates)]
+        minibatches = [[i for i in items if i.place * config.updates // config.prompts == number] for number in range(config.updates)]
         live = [i for i in items if i.has_contrast]
         # SFT has no π_old: its ratio is 1 by definition, so that its gradient is the likelihood's.
         later = [i for batch in minibatches[1:] for i in batch if i.has_contrast] if algorithm.train_on == "rollouts" else []
@@ -287,14 +291,23 @@ def train(config: Config, algorithm: Algorithm, model: Transformer, compute: Tra
                 bad = bad or culprit(model, compute, batch, algorithm, config)
         updated = time.perf_counter()
 
+        # From here on what the processes did is put together; the first of them writes it down.
+        record = sample_record(step + 1, [bad], tokenizer) | {"gradient": "not finite"} if bad else None
         tokens = sum(int(g.lengths.sum()) for g in rollouts or [i.group for i in items])
-        metrics = {"step": step + 1, **rollout_metrics(rollouts, items), **update_metrics(sums, norms), "update/lr": learning_rate(step, config),
+        reports = parallel.gather([rollout_numbers(rollouts, items), sums, tokens, record, stopping()])
+        numbers, all_sums, all_tokens, records, stops = zip(*reports)
+        sums, tokens, stop = Counter(), sum(all_tokens), any(stops)
+        for part in all_sums:
+            sums.update(part)
+        bad = next((r for r in records if r), None)
+        metrics = {"step": step + 1, **rollout_metrics({name: [x for part in numbers for x in part[name]] for name in numbers[0]}),
+                   **update_metrics(sums, norms), "update/lr": learning_rate(step, config),
                    "update/bf16_changed": bf16_changed(model, start), "time/sample": sampled - began, "time/update": updated - sampled,
                    "time/tokens_per_second": tokens / (updated - began), "memory/peak_gib": peak_bytes(compute.norm.weight.device) / 2**30}
         last = step + 1 == config.steps
         due = lambda every: last or (every and (step + 1) % every == 0)
         state |= {"step": step + 1, "bad_steps": state["bad_steps"] + 1 if bad else 0}
-        if last:
+        if last and parallel.rank() == 0:
             save_model(model, os.path.join(config.out, "model"), os.path.join(config.out, "tokenizer"))
         if due(config.eval_every):
             metrics |= evaluated(step + 1)
@@ -302,16 +315,17 @@ def train(config: Config, algorithm: Algorithm, model: Transformer, compute: Tra
             if state["after"] is not None and (state["best"] is None or state["after"] > state["best"]):
                 state |= {"best": state["after"], "best_step": step + 1}
         log("metrics", metrics)
-        log("samples", sample_record(step + 1, [bad] if bad else items, tokenizer) | ({"gradient": "not finite"} if bad else {}))
+        log("samples", bad or sample_record(step + 1, items, tokenizer))
         # The log first: what it says beyond the checkpoint is cut off on resuming, what it lacks would be lacking.
-        if due(config.save_every) or state["best_step"] == step + 1 or stopping():
+        if (due(config.save_every) or state["best_step"] == step + 1 or stop) and parallel.rank() == 0:
             save_checkpoint(config.out, model, optimizer, state, os.path.join(config.out, "tokenizer"), config.keep)
         if state["bad_steps"] >= config.max_bad_steps:
             raise InputError(f"step {step + 1}: the gradient was not finite for {state['bad_steps']} steps in a row (samples.jsonl shows the groups); "
                              f"the weights are those before them, in {config.out}/checkpoints; try a lower --lr or --dtype float32")
-        if stopping() and not last:
+        if stop and not last:
             raise KeyboardInterrupt
-        bar.set_postfix_str((f"reward {metrics['reward/mean']:.3f}, " if rollouts else "") + f"gold {metrics['gold/share']:.2f}, {metrics['time/tokens_per_second']:.0f} tokens/s")
+        parallel.gather(None)                                                   # the others wait until it is written
+        bar.set_postfix_str((f"reward {metrics['reward/mean']:.3f}, " if "reward/mean" in metrics else "") + f"gold {metrics['gold/share']:.2f}, {metrics['time/tokens_per_second']:.0f} tokens/s")
     return state["before"], state["after"]
 
 
@@ -345,22 +359,30 @@ def evaluation(compute: Transformer, held_out: list[Problem], tokenizer: Tokeniz
     if not held_out:
         return {}
     began = time.perf_counter()
-    metrics, _ = evaluate(compute, held_out, tokenizer, config.eval_samples, config.max_new_tokens, temperature=float(config.eval_samples > 1),
-                          seed=config.seed, max_rows=config.rows or None, reward=reward, correct_at=config.correct_at, progress="evaluating")
-    golds = [Item(p, gold_group(p.prompt, p.gold_ids), torch.ones(1)) for p in held_out if p.gold_ids is not None]
-    metrics["gold_logprob"] = mean(logprobs.mean() for logprobs in score(compute, golds, config, 1.0))
+    mine = parallel.share(list(enumerate(held_out)))
+    completions = complete(compute, [p for _, p in mine], tokenizer, config.eval_samples, config.max_new_tokens, temperature=float(config.eval_samples > 1),
+                           seed=config.seed, prompt_ids=[i for i, _ in mine], max_rows=config.rows or None, reward=reward, correct_at=config.correct_at,
+                           progress="evaluating" if parallel.rank() == 0 else "")
+    metrics = summarize(parallel.merge(parallel.gather(completions)))
+    golds = [Item(i, p, gold_group(p.prompt, p.gold_ids), torch.ones(1)) for i, p in mine if p.gold_ids is not None]
+    scores = parallel.gather([[item.place, float(logprobs.mean())] for item, logprobs in zip(golds, score(compute, golds, config, 1.0))])
+    metrics["gold_logprob"] = mean(value for _, value in sorted(pair for part in scores for pair in part))
     return {**{f"eval/{name}": value for name, value in metrics.items()}, "time/eval": time.perf_counter() - began}
 
 
-def rollout_metrics(rollouts: list[Group], items: list[Item]) -> dict:
-    """Of the rollouts as sampled, before any gold took a place; and how often it did."""
-    metrics = {"gold/share": mean(i.group.is_gold.any() for i in items)}
-    if rollouts:
-        right = [float(g.correct.float().mean()) for g in rollouts]
-        metrics |= {
-            "reward/mean": mean(g.rewards.mean() for g in rollouts), "reward/correct": mean(right),
-            "groups/all_wrong": mean(r == 0 for r in right), "groups/mixed": mean(0 < r < 1 for r in right), "groups/all_right": mean(r == 1 for r in right),
-            "length/mean": mean(g.lengths.float().mean() for g in rollouts), "length/truncated": mean(1 - g.finished.float().mean() for g in rollouts)}
+def rollout_numbers(rollouts: list[Group], items: list[Item]) -> dict[str, list[float]]:
+    """One number per group, of the rollouts as sampled, before any gold took a place; and whether it did."""
+    of = lambda f, groups: [float(f(g)) for g in groups]
+    return {"gold": of(lambda i: i.group.is_gold.any(), items), "reward": of(lambda g: g.rewards.mean(), rollouts), "right": of(lambda g: g.correct.float().mean(), rollouts),
+            "length": of(lambda g: g.lengths.float().mean(), rollouts), "cut": of(lambda g: 1 - g.finished.float().mean(), rollouts)}
+
+
+def rollout_metrics(numbers: dict[str, list[float]]) -> dict:
+    metrics, right = {"gold/share": mean(numbers["gold"])}, numbers["right"]
+    if right:
+        metrics |= {"reward/mean": mean(numbers["reward"]), "reward/correct": mean(right), "groups/all_wrong": mean(r == 0 for r in right),
+                    "groups/mixed": mean(0 < r < 1 for r in right), "groups/all_right": mean(r == 1 for r in right),
+                    "length/mean": mean(numbers["length"]), "length/truncated": mean(numbers["cut"])}
     return metrics
 
 
@@ -576,14 +598,14 @@ def latest_folder(stem: str) -> str:
     return name
 
 
-HARMLESS = {"out", "resume", "steps", "eval_every", "save_every", "keep", "max_bad_steps", "model", "data", "eval_data"}  # the files by their checksums
+HARMLESS = {"out", "resume", "device", "threads", "steps", "eval_every", "save_every", "keep", "max_bad_steps", "model", "data", "eval_data"}  # the files by their checksums
 
 
 def record_of(config: Config, algorithm: Algorithm, device: torch.device, compute: Transformer) -> dict:
     """What a resumed run must have in common with its beginning."""
     settings = {name: value for name, value in asdict(config).items() if name not in HARMLESS}
     settings |= {"steps": config.steps} if config.lr_end != 1 else {}   # the learning rate depends on them
-    settings |= {"algorithm": asdict(algorithm), "device": device.type, "dtype": str(compute.norm.weight.dtype), "threads": torch.get_num_threads()}
+    settings |= {"algorithm": asdict(algorithm), "device": device.type, "dtype": str(compute.norm.weight.dtype)}
     settings |= {"data": sha256(config.data), "eval_data": sha256(config.eval_data) if config.eval_data else None}
     return settings | {"model": {os.path.basename(path): os.path.getsize(path) for path in weight_files(config.model)}}
 
@@ -655,43 +677,9 @@ def read_all(config: Config, algorithm: Algorithm, device: torch.device):
     return reward, problems, held_out, complaints, tokenizer, load_model(config.model, device)
 
 
-def main():
-    keep_freed_memory()
-    config, algorithm, given = parse_flags()
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    device = pick_device(config.device)
-    toy = config.model is None
-    folder = os.path.abspath(config.model or "toy")
-    name = os.path.basename(os.path.dirname(folder) if os.path.basename(folder) == "model" else folder)  # runs/NAME/model is NAME
-    stem = os.path.join("runs", f"{name}-{algorithm.name}")
-    config = replace(config, out=config.out or (latest_folder(stem) if config.resume else fresh_folder(stem)))
-    if config.resume and not os.path.isfile(os.path.join(config.out, "run.json")):
-        raise InputError(f"--resume: {config.out} holds no run (no run.json there); name the run with --out, or begin anew without --resume")
-    if toy:
-        folder = os.path.join(config.out, "toy")
-        config = replace(config, **(toy_files(folder) if config.resume else build_toy(folder, config.seed)))
-    try:
-        reward, problems, held_out, complaints, tokenizer, model = read_all(config, algorithm, device)
-    except InputError:
-        if toy and not config.resume:
-            shutil.rmtree(config.out)
-        raise
-    compute = compute_copy(model, pick_dtype(config.dtype, device))
-    compute.gradient_checkpointing = config.gradient_checkpointing
+def announce(config: Config, algorithm: Algorithm, given: dict, settings: dict, name: str, device, model, compute, problems, held_out, complaints, checkpoint):
+    """What the run is, on the screen and in run.json; and logs cut back to where it goes on."""
     with_gold = sum(p.gold_ids is not None for p in problems)
-    if not with_gold and algorithm.gold_when != "never":
-        why = f"none of its golds can be used, see the notes; first: {complaints[0]}" if complaints else "--answer-only-gold makes gold of bare answers"
-        print(f"warning: no problem of {config.data} has gold, so this run is {algorithm.name} without it; {why}", file=sys.stderr)
-    if shared := {str(p.question) for p in problems} & {str(p.question) for p in held_out}:
-        print(f"warning: {len(shared)} of the held-out questions stand in {config.data} too, one is {min(shared)[:60]!r}", file=sys.stderr)
-
-    settings = record_of(config, algorithm, device, compute)
-    checkpoint = None
-    if config.resume:
-        refuse_changes(config.out, settings)
-        checkpoint = newest_checkpoint(config.out)
-    os.makedirs(config.out, exist_ok=True)
     print(as_command(config, given))
     n = sum(p.numel() for p in model.parameters())
     memory = estimated_bytes(model, compute, config, max(len(p.prompt) for p in problems))
@@ -714,12 +702,60 @@ def main():
         with open(os.path.join(config.out, "run.json.writing"), "w", encoding="utf-8") as f:
             json.dump({"command": as_command(config, given), "config": asdict(config), "settings": settings, "algorithm": asdict(algorithm), "parameters": n,
                        "device": str(device), "dtype": str(compute.norm.weight.dtype), "threads": torch.get_num_threads(), "problems": len(problems),
-                       "with_gold": with_gold, "gold_not_used": complaints, "held_out": len(held_out), "git": git_commit(),
+                       "with_gold": with_gold, "gold_not_used": complaints, "held_out": len(held_out), "git": git_commit(), "processes": parallel.world(),
                        "python": platform.python_version(), "torch": torch.__version__, "tokenizers": tokenizers.__version__}, f, indent=2)
         os.replace(f.name, os.path.join(config.out, "run.json"))
-    files = {kind: open(os.path.join(config.out, f"{kind}.jsonl"), "a", encoding="utf-8") for kind in ("metrics", "samples")}
+
+
+def main():
+    keep_freed_memory()
+    config, algorithm, given = parse_flags()
+    own_device, first = parallel.start(), parallel.rank() == 0
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    device = pick_device(own_device if own_device and config.device == "auto" else config.device)
+    toy = config.model is None
+    folder = os.path.abspath(config.model or "toy")
+    name = os.path.basename(os.path.dirname(folder) if os.path.basename(folder) == "model" else folder)  # runs/NAME/model is NAME
+    stem = os.path.join("runs", f"{name}-{algorithm.name}")
+    out = config.out or (latest_folder(stem) if config.resume else fresh_folder(stem))
+    config = replace(config, out=parallel.gather(out)[0])
+    if config.resume and not os.path.isfile(os.path.join(config.out, "run.json")):
+        raise InputError(f"--resume: {config.out} holds no run (no run.json there); name the run with --out, or begin anew without --resume")
+    if toy:
+        folder = os.path.join(config.out, "toy")
+        if first and not config.resume:
+            build_toy(folder, config.seed)
+        parallel.gather(None)                                       # until it is there
+        config = replace(config, **toy_files(folder))
+    try:
+        reward, problems, held_out, complaints, tokenizer, model = read_all(config, algorithm, device)
+    except InputError:
+        if toy and first and not config.resume:
+            shutil.rmtree(config.out)
+        raise
+    compute = compute_copy(model, pick_dtype(config.dtype, device))
+    compute.gradient_checkpointing = config.gradient_checkpointing
+    with_gold = sum(p.gold_ids is not None for p in problems)
+    if first and not with_gold and algorithm.gold_when != "never":
+        why = f"none of its golds can be used, see the notes; first: {complaints[0]}" if complaints else "--answer-only-gold makes gold of bare answers"
+        print(f"warning: no problem of {config.data} has gold, so this run is {algorithm.name} without it; {why}", file=sys.stderr)
+    if first and (shared := {str(p.question) for p in problems} & {str(p.question) for p in held_out}):
+        print(f"warning: {len(shared)} of the held-out questions stand in {config.data} too, one is {min(shared)[:60]!r}", file=sys.stderr)
+
+    settings = record_of(config, algorithm, device, compute)
+    checkpoint = None
+    if config.resume:
+        refuse_changes(config.out, settings)
+        checkpoint = parallel.gather(newest_checkpoint(config.out) if first else None)[0]
+    os.makedirs(config.out, exist_ok=True)
+    if first:
+        announce(config, algorithm, given, settings, name, device, model, compute, problems, held_out, complaints, checkpoint)
+    files = {kind: open(os.path.join(config.out, f"{kind}.jsonl"), "a", encoding="utf-8") for kind in (("metrics", "samples") if first else ())}
 
     def log(kind, record):
+        if not first:
+            return
         record = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}  # JSON knows no NaN
         files[kind].write(json.dumps(record, ensure_ascii=False) + "\n")
         files[kind].flush()
@@ -731,7 +767,8 @@ def main():
         if asked:
             raise KeyboardInterrupt
         asked.append(True)
-        tqdm.write("stopping after this step (once more: at once, back to the last checkpoint)", file=sys.stderr)
+        if first:
+            tqdm.write("stopping after this step (once more: at once, back to the last checkpoint)", file=sys.stderr)
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
     model_folder = os.path.join(config.out, "model")
@@ -739,9 +776,14 @@ def main():
         before, after = train(config, algorithm, model, compute, tokenizer, problems, held_out, reward, log, checkpoint, lambda: bool(asked))
     except KeyboardInterrupt:
         saved = newest_checkpoint(config.out)
-        print("\nstopped; " + (f"the model so far is {saved}/model; " if saved else "") + f"to go on: the same command with --resume --out {shlex.quote(config.out)}",
-              file=sys.stderr)
+        if first:
+            print("\nstopped; " + (f"the model so far is {saved}/model; " if saved else "") + f"to go on: the same command with --resume --out {shlex.quote(config.out)}",
+                  file=sys.stderr)
         raise
+    finally:
+        parallel.end()
+    if not first:
+        return
     if before is not None:
         k = config.eval_samples
         print(f"held-out accuracy ({len(held_out)} problems, {'greedy' if k == 1 else f'{k} samples each'}): "

@@ -57,7 +57,7 @@ def test_gradient_points_where_the_cpu_gradient_points(tmp_path, shape):
     for device, dtype in (("cpu", torch.float32), ("cuda", torch.bfloat16)):
         model = make(tmp_path, shape, device)
         before = torch.cat([p.detach().flatten() for p in model.parameters()])
-        item = Item(None, group, torch.tensor([2.0] + [-0.3] * 7))
+        item = Item(0, None, group, torch.tensor([2.0] + [-0.3] * 7))
         update(model, compute_copy(model, dtype), torch.optim.SGD(model.parameters(), lr=1.0), [item], ALGORITHMS["gcpo"], Config(max_grad_norm=1.0))
         steps.append((torch.cat([p.detach().flatten() for p in model.parameters()]) - before).cpu())
     assert torch.nn.functional.cosine_similarity(*steps, dim=0) > 0.98

@@ -16,7 +16,7 @@ import train
 from data import grade, load_tokenizer, prepare, read_problems
 from gcpo import ALGORITHMS, Group
 from model import InputError, exit_cleanly, load_model, save_model, token_logprobs
-from train import TOY, Config, Item, batch_indices, build_toy, compute_copy, learning_rate, refresh, rollout_metrics, update_metrics
+from train import TOY, Config, Item, batch_indices, build_toy, compute_copy, learning_rate, refresh, rollout_metrics, rollout_numbers, update_metrics
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SHORT = ["--steps", "2", "--prompts", "4", "--eval-limit", "8", "--max-new-tokens", "24"]
@@ -196,8 +196,8 @@ def test_rollout_metrics_of_hand_made_groups():
         return Group(torch.tensor([1]), torch.zeros(2, 4, dtype=torch.long), torch.tensor([2, 4]), torch.tensor([True, False]), torch.zeros(2, 4), correct,
                      correct.float(), torch.tensor([gold, False]))
     rollouts = [group([False, False]), group([True, False]), group([True, True]), group([False, False])]
-    items = [Item(None, g, torch.zeros(2)) for g in (group([True, False], gold=True), *rollouts[1:])]
-    assert rollout_metrics(rollouts, items) == {
+    items = [Item(0, None, g, torch.zeros(2)) for g in (group([True, False], gold=True), *rollouts[1:])]
+    assert rollout_metrics(rollout_numbers(rollouts, items)) == {
         "gold/share": 0.25, "reward/mean": 0.375, "reward/correct": 0.375, "groups/all_wrong": 0.5, "groups/mixed": 0.25, "groups/all_right": 0.25,
         "length/mean": 3.0, "length/truncated": 0.5}
     sums = Counter(loss=0.5, policy_tokens=10, policy_ratio=11, policy_clipped=2, gold_tokens=4, gold_logprob=-8, gold_ratio=5, gold_clipped=1, mismatch=1)
@@ -305,7 +305,7 @@ def test_default_learning_rate_moves_a_real_model():
     prompt = torch.tensor(tokenizer.tokenizer.encode("Tom has 3 apples and gets 4 more. How many has he?\n").ids)
     group = Group(prompt, torch.stack([pad(gold), pad(wrong)]), torch.tensor([len(gold), len(wrong)]), torch.ones(2, dtype=torch.bool), torch.zeros(2, width),
                   torch.tensor([True, False]), torch.tensor([1.0, 0.0]), torch.tensor([True, False]))
-    item = Item(None, group, torch.tensor([0.7, -0.7]))
+    item = Item(0, None, group, torch.tensor([0.7, -0.7]))
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0)
     with torch.no_grad():
         logprob = lambda m: token_logprobs(m, prompt, gold[None])[0].mean().item()

@@ -1,0 +1,116 @@
+"""Many processes: what N take together is the step that one would take."""
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import parallel
+from gcpo import ALGORITHMS, Group, group_advantages
+from model import load_model
+from test_faults import ROOT, Run, start
+from train import Config, Item, build_toy, update
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def fixed_items(contrast):
+    """Groups of several sizes and lengths; those not in `contrast` have equal rewards."""
+    generator, items = torch.Generator().manual_seed(0), []
+    for place in range(5):
+        G, T = 4, 5 + 3 * place
+        rewards = torch.arange(G).float() if place in contrast else torch.ones(G)
+        group = Group(torch.randint(2, 20, (3 + place,), generator=generator), torch.randint(2, 20, (G, T), generator=generator),
+                      torch.randint(1, T + 1, (G,), generator=generator), torch.ones(G, dtype=torch.bool), torch.zeros(G, T), rewards > 2, rewards,
+                      torch.zeros(G, dtype=torch.bool))
+        items.append(Item(place, None, group, group_advantages(rewards)))
+    return items
+
+
+def worker(rank, world, port, folder, contrast, optimizer_name):
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    parallel.start()
+    model = load_model(os.path.join(folder, "toy", "model"))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1) if optimizer_name == "sgd" else torch.optim.AdamW(model.parameters(), lr=1e-3)
+    items, norms = parallel.share(fixed_items(contrast)), []
+    for _ in range(3):
+        norms.append(update(model, model, optimizer, items, ALGORITHMS["gcpo"], Config(max_new_tokens=24))[1])
+    if rank == 0:
+        torch.save([torch.cat([p.detach().flatten() for p in model.parameters()]), norms], os.path.join(folder, f"{world}.pt"))
+    parallel.end()
+
+
+@pytest.fixture(scope="module")
+def toy_folder(tmp_path_factory):
+    folder = str(tmp_path_factory.mktemp("processes"))
+    build_toy(os.path.join(folder, "toy"), 0)
+    return folder
+
+
+@pytest.mark.parametrize("contrast, optimizer", [((0, 1, 2, 3, 4), "sgd"), ((2,), "sgd"), ((), "sgd"), ((0, 1, 2, 3, 4), "adamw")],
+                         ids=["all groups", "one group", "no group", "all groups, AdamW"])
+def test_n_processes_take_the_step_of_one(toy_folder, contrast, optimizer):
+    """Forbids denominators of a process's own, gradients averaged where they should be summed, and processes that wait
+    for each other for ever: five groups over one, two and three processes, also where some or all have nothing to do."""
+    results = {}
+    for world in (1, 2, 3):
+        port = free_port()
+        workers = [start.Process(target=worker, args=(rank, world, port, toy_folder, contrast, optimizer)) for rank in range(world)]
+        [w.start() for w in workers]
+        [w.join(60) for w in workers]
+        assert [w.exitcode for w in workers] == [0] * world
+        results[world] = torch.load(os.path.join(toy_folder, f"{world}.pt"), weights_only=True)
+    weights, norms = results[1]
+    assert (norms == [None] * 3) == (contrast == ())
+    for world in (2, 3):
+        assert norms == pytest.approx(results[world][1], rel=1e-5) if contrast else results[world][1] == norms
+        if optimizer == "sgd":
+            assert (results[world][0] - weights).norm() <= 1e-6 * weights.norm()
+        else:
+            assert (results[world][0] - weights).abs().max() <= 2 * 1e-3 * 3
+
+
+def test_what_is_shared_is_merged_in_order():
+    """Forbids problems that lose their place: shares of every length over up to five processes."""
+    for n in range(12):
+        for world in range(1, 6):
+            assert parallel.merge([list(range(n))[rank::world] for rank in range(world)]) == list(range(n))
+
+
+def torchrun(run, n, *flags):
+    return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(n), "--master-port", str(free_port()),
+                             os.path.join(ROOT, "train.py"), *run.flags, *flags], stdout=open(run.log, "a"), stderr=subprocess.STDOUT)
+
+
+def test_two_processes_train_and_one_goes_on(tmp_path):
+    """Forbids logs written twice, rollouts that depend on who samples them, and checkpoints that only N processes can read:
+    the same run by two processes, one of which is killed, goes on with one."""
+    os.makedirs(tmp_path / "one"), os.makedirs(tmp_path / "two")
+    one = Run(str(tmp_path / "one"))
+    two = Run(str(tmp_path / "two"), toy=one.toy)
+    assert one.finish() == 0, one.said()
+    process = torchrun(two, 2)
+    until = time.time() + 90
+    while time.time() < until and not (os.path.exists(f"{two.out}/metrics.jsonl") and len(two.metrics(whole=False)) > 5):
+        time.sleep(0.02)
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    assert process.wait(60) != 0                                       # the others do not wait for ever
+    assert "lost touch" in two.said() or "SIGKILL" in two.said()
+    assert two.finish("--resume") == 0, two.said()
+    a, b = one.metrics(), two.metrics()
+    assert [r["step"] for r in b] == list(range(13))
+    for x, y in zip(a[:3], b[:3]):                                     # later, rounding may move a token
+        assert x.keys() == y.keys()
+        assert all(x[k] == pytest.approx(y[k], rel=1e-3, abs=1e-5) for k in x if x[k] is not None)
+    assert [json.loads(line)["step"] for line in open(f"{two.out}/samples.jsonl")] == list(range(1, 13))
