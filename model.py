@@ -520,7 +520,7 @@ def encode_prompts(model: Transformer, prompts: list[Tensor]) -> Prefix:
         keys[layer], values[layer] = spread(k), spread(v)
         return attend(q, k, v)
     hidden = model(torch.cat(prompts).to(device)[None], past=keep, positions=cols[None])[0]     # (n, D)
-    # Copies of the lists, since gradient checkpointing will run `keep` again.
+    # In lists of their own, since gradient checkpointing will run `keep` again.
     return Prefix(lengths, list(keys.values()), list(values.values()), hidden[lengths.cumsum(0) - 1])
 
 

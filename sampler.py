@@ -132,6 +132,11 @@ class Batch:
         """Tokens of a row so far."""
         return self.now - self.entered[row] + 1
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the row that has most."""
+        return self.now - min(self.entered) + 1
+
     def fit(self, keys: list[Tensor], values: list[Tensor], length: int):
         """Make caches (…, d, width) and (…, width, d) wide enough for `length`; narrower again once half would do."""
         width = -(-length // self.columns) * self.columns
@@ -176,7 +181,7 @@ class Batch:
 
         On a GPU the launches of a step cost more than its work. So a step runs once as it stands, for warming up, then it is
         recorded as a CUDA graph and repeated; rows and seats are rounded up, and what is too many computes to no end."""
-        self.fit(self.k, self.v, self.count(self.entered.index(min(self.entered))) + steps - 1)
+        self.fit(self.k, self.v, self.longest + steps - 1)
         self.length[self.n:] = 1                                             # rows not alive count on as well: they must not outrun the cache
         sizes = [min(-(-n // unit) * unit, most) for n, unit, most in ((self.n, self.row_unit, self.R), (self.seats, self.seat_unit, self.B))]
         key = (*sizes, self.prompt_k[0].shape[3])
@@ -350,7 +355,7 @@ def run_to_the_end(model, prompts, ids, G, max_new_tokens, select, stop_ids, see
         if leaving:
             batch.leave(leaving)
             continue                                       # a waiting prompt may enter now
-        batch.decode(min(check_every, max_new_tokens - max(map(batch.count, range(batch.n)))))
+        batch.decode(min(check_every, max_new_tokens - batch.longest))
     return responses
 
 

@@ -775,8 +775,8 @@ def main():
     try:
         before, after = train(config, algorithm, model, compute, tokenizer, problems, held_out, reward, log, checkpoint, lambda: bool(asked))
     except KeyboardInterrupt:
-        saved = newest_checkpoint(config.out)
         if first:
+            saved = newest_checkpoint(config.out)
             print("\nstopped; " + (f"the model so far is {saved}/model; " if saved else "") + f"to go on: the same command with --resume --out {shlex.quote(config.out)}",
                   file=sys.stderr)
         raise
