@@ -403,7 +403,7 @@ def replace_prompts(args, prompts):
 
 def grow(args, argv):
     """Sampling and update of made-up groups, ours alone, one setting at a time and each in a process of its own."""
-    base = dict(shape="SmolLM2-135M", prompts=1, group_size=8, max_new_tokens=200, rows=0, rows_per_pass=0)
+    base = dict(shape="SmolLM2-135M", prompts=1, group_size=8, max_new_tokens=200, rows=0, rows_per_pass=8)
     tables = {
         "group size G": [dict(group_size=g) for g in (4, 8, 16, 32)],
         "rows of a pass, G = 32": [dict(group_size=32, rows_per_pass=r) for r in (32, 16, 8, 4)],
@@ -461,7 +461,7 @@ def main():
     parser.add_argument("--group-size", type=int, default=8, help="G, responses per prompt")
     parser.add_argument("--max-new-tokens", type=int, default=200, help="longest response")
     parser.add_argument("--rows", type=int, default=0, help="our rows in flight (default: what fits)")
-    parser.add_argument("--rows-per-pass", type=int, default=0, help="our rows in one backward pass (0: a group)")
+    parser.add_argument("--rows-per-pass", type=int, default=8, help="our rows in one backward pass")
     parser.add_argument("--gradient-checkpointing", action="store_true", help="compute our activations again in backward")
     parser.add_argument("--rounds", type=int, default=3, help="times each side runs")
     parser.add_argument("--device", default="auto")

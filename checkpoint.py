@@ -20,7 +20,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from model import InputError, Transformer, load_model, read_json, save_model
+from model import InputError, Transformer, fill, on_cpu, read_json, read_weights, save_model
 
 
 def sha256(path: str) -> str:
@@ -37,19 +37,33 @@ def flush_to_disk(path: str) -> None:
         os.close(fd)
 
 
+def hold(folder: str) -> None:
+    """Keep other runs out of a folder for as long as this process lives. Raises InputError if one is in it."""
+    try:
+        import fcntl
+        fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"{folder}: another process is training there; wait for it, or name another folder with --out") from None
+    except (ImportError, OSError):
+        pass    # Windows, or a file system without locks
+
+
 def files_in(folder: str) -> list[str]:
     return sorted(os.path.relpath(os.path.join(at, name), folder) for at, _, names in os.walk(folder) for name in names)
 
 
-def save_checkpoint(out: str, model: Transformer, optimizer: torch.optim.Optimizer, state: dict, tokenizer_from: str, keep: int) -> None:
-    """Write OUT/checkpoints/step-N and remove all but the last `keep` and the best. `state` names `step` and `best_step`."""
+def save_checkpoint(out: str, model: Transformer, optimizer: torch.optim.Optimizer, state: dict, tokenizer_from: str, keep: int, write: bool = True) -> None:
+    """Write OUT/checkpoints/step-N and remove all but the last `keep` and the best. `state` names `step` and `best_step`.
+    Of a model in shards, all processes must call this, and one of them write."""
+    moments = on_cpu({f"{name}.{key}": value for name, p in model.named_parameters() for key, value in optimizer.state.get(p, {}).items()}, keep=write)
+    if not write:
+        return save_model(model, "", write=False)
     root = os.path.join(out, "checkpoints")
     path, beside = os.path.join(root, f"step-{state['step']:06d}"), os.path.join(root, "next.writing")
     shutil.rmtree(beside, ignore_errors=True)
     os.makedirs(beside)
     save_model(model, os.path.join(beside, "model"), tokenizer_from)
-    moments = {f"{name}.{key}": value for name, p in model.named_parameters() for key, value in optimizer.state.get(p, {}).items()}
-    save_file({name: x.detach().cpu().contiguous() for name, x in moments.items()}, os.path.join(beside, "optimizer.safetensors"))
+    save_file(moments, os.path.join(beside, "optimizer.safetensors"))
     files = {name: [os.path.getsize(os.path.join(beside, name)), sha256(os.path.join(beside, name))] for name in files_in(beside)}
     with open(os.path.join(beside, "state.json"), "w", encoding="utf-8") as f:
         json.dump({**state, "files": files}, f, indent=2)
@@ -85,8 +99,10 @@ def damage(path: str) -> str | None:
                 return f"{name} has {os.path.getsize(file)} bytes, not {size}"
             if sha256(file) != digest:
                 return f"{name} was altered"
-        if not isinstance(state["step"], int) or "optimizer.safetensors" not in state["files"]:
-            return "state.json names no step or no optimizer"
+        number = lambda name, *kinds: isinstance(state[name], kinds) and not isinstance(state[name], bool)
+        if not number("step", int) or not number("bad_steps", int) or not number("best_step", int, type(None)) \
+                or not all(number(name, int, float, type(None)) for name in ("before", "after", "best")) or "optimizer.safetensors" not in state["files"]:
+            return "state.json lacks something, or has it in another form"
     except (InputError, KeyError, TypeError, ValueError, AttributeError) as e:
         return f"state.json cannot be used ({e})"
     return None
@@ -106,15 +122,15 @@ def newest_checkpoint(out: str) -> str | None:
 @torch.no_grad()
 def load_checkpoint(path: str, model: Transformer, optimizer: torch.optim.Optimizer) -> dict:
     """Put weights and moments back in place. Returns the state."""
-    device = model.norm.weight.device
-    for p, saved in zip(model.parameters(), load_model(os.path.join(path, "model"), device, model.norm.weight.dtype).parameters(), strict=True):
-        p.copy_(saved)
+    read_weights(os.path.join(path, "model"), model)
     by_name = dict(model.named_parameters())
     with safe_open(os.path.join(path, "optimizer.safetensors"), framework="pt") as f:
         for name in f.keys():
             parameter, key = name.rsplit(".", 1)
             if parameter not in by_name:
                 raise InputError(f"{path}: optimizer.safetensors holds {name}, which this model does not have")
-            # AdamW keeps its step count on the CPU unless it is fused on a GPU.
-            optimizer.state[by_name[parameter]][key] = f.get_tensor(name).to(device)
+            p, tensor = by_name[parameter], f.get_tensor(name)
+            moment = torch.empty_like(p) if tensor.dim() else torch.empty((), device=p.device)   # or the number of steps
+            fill(moment, tensor)
+            optimizer.state[p][key] = moment
     return read_json(os.path.join(path, "state.json"))

@@ -650,12 +650,36 @@ def named_as_in_files(model: Transformer) -> dict[str, nn.Parameter]:
     return {("" if name.startswith("lm_head") else "model.") + name: p for name, p in model.named_parameters()}
 
 
-def load_model(folder: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Transformer:
-    """Read a Hugging Face folder. Every parameter is filled and every tensor used, or InputError says which is not."""
-    config = read_config(folder)
+def whole(x: Tensor) -> Tensor:
+    """All of a tensor, also where this process has a shard of it (parallel.py); all processes must ask."""
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
+
+
+@torch.no_grad()
+def fill(parameter: Tensor, tensor: Tensor) -> None:
+    """Copy a whole tensor into a parameter, or this process's shard of it into its own."""
+    if hasattr(parameter, "device_mesh"):
+        from torch.distributed.tensor import distribute_tensor
+        tensor = distribute_tensor(tensor.to(parameter.device, parameter.dtype), parameter.device_mesh, parameter.placements)
+    parameter.copy_(tensor)
+
+
+def load_model(folder: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, shard=None) -> Transformer:
+    """Read a Hugging Face folder. Every parameter is filled and every tensor used, or InputError says which is not.
+    `shard(model)`, if given, splits the model over processes before there is memory for it."""
     with torch.device("meta"):
-        model = Transformer(config)
-    wanted = named_as_in_files(model)
+        model = Transformer(read_config(folder)).to(dtype)
+    where = tensors_of(folder, model)       # shapes agree, so the sizes are those of files that exist
+    if shard:
+        shard(model)
+    model.to_empty(device=device)
+    read_weights(folder, model, where)
+    return model
+
+
+def tensors_of(folder: str, model: Transformer) -> dict[str, str]:
+    """The file of each tensor. Raises InputError unless they are those of the model, by name and by shape."""
+    wanted, config = named_as_in_files(model), model.config
     ignored = {"lm_head.weight"} if config.tie_word_embeddings else set()  # a tied copy of the embedding
     where = {}
     for path in weight_files(folder):
@@ -678,9 +702,12 @@ def load_model(folder: str, device: str | torch.device = "cpu", dtype: torch.dty
     missing = sorted(set(wanted) - set(where))
     if missing:
         raise InputError(f"{folder}: {len(missing)} weights are in no file, first {missing[0]}")
+    return where
 
-    model.to(dtype).to_empty(device=device)  # shapes agree, so the sizes are those of files that exist
-    wanted = named_as_in_files(model)
+
+def read_weights(folder: str, model: Transformer, where: dict[str, str] | None = None) -> None:
+    """Fill the model's parameters, tensor by tensor, from a folder of the same shapes."""
+    where, wanted, copies = where or tensors_of(folder, model), named_as_in_files(model), {}
     for path in sorted(set(where.values())):
         with safe_open(path, framework="pt") as f, torch.no_grad():
             for name in f.keys():
@@ -690,12 +717,13 @@ def load_model(folder: str, device: str | torch.device = "cpu", dtype: torch.dty
                         raise InputError(f"{path}: {name} is {tensor.dtype}; quantized weights are not supported")
                     if not tensor.isfinite().all():
                         raise InputError(f"{path}: {name} holds NaN or infinite values")
-                    wanted[name].copy_(tensor)
-    for name in ignored & set(where):
-        with safe_open(where[name], framework="pt") as f:
-            if not torch.equal(f.get_tensor(name).to(device, dtype), model.output_weight):
-                raise InputError(f"{where[name]}: {name} differs from the embedding, and config.json says tie_word_embeddings")
-    return model
+                    fill(wanted[name], tensor)
+    if "lm_head.weight" in where and model.config.tie_word_embeddings:
+        for name in ("lm_head.weight", "model.embed_tokens.weight"):
+            with safe_open(where[name], framework="pt") as f:
+                copies[name] = f.get_tensor(name).float()
+        if not torch.equal(*copies.values()):
+            raise InputError(f"{where['lm_head.weight']}: lm_head.weight differs from the embedding, and config.json says tie_word_embeddings")
 
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json", "added_tokens.json",
@@ -710,9 +738,23 @@ def copy_tokenizer(source: str, folder: str) -> None:
             shutil.copyfile(os.path.join(source, name), os.path.join(folder, name))
 
 
-def save_model(model: Transformer, folder: str, tokenizer_from: str | None = None) -> None:
+def on_cpu(tensors: dict[str, Tensor], keep: bool = True) -> dict[str, Tensor]:
+    """Whole tensors for a file; of shards, all processes must take part, though only one may keep what comes."""
+    kept = {}
+    for name, x in tensors.items():
+        x = whole(x.detach())
+        if keep:
+            kept[name] = x.cpu().contiguous()
+    return kept
+
+
+def save_model(model: Transformer, folder: str, tokenizer_from: str | None = None, write: bool = True) -> None:
     """Write a folder that transformers, vLLM and load_model read: config, weights in the model's own dtype, and
-    tokenizer files copied from `tokenizer_from`. Written beside and renamed, so `folder` is never half a model."""
+    tokenizer files copied from `tokenizer_from`. Written beside and renamed, so `folder` is never half a model.
+    Of a model in shards, all processes must call this, and one of them write."""
+    weights = on_cpu(named_as_in_files(model), keep=write)
+    if not write:
+        return
     beside = f"{folder.rstrip('/')}.writing"
     shutil.rmtree(beside, ignore_errors=True)
     os.makedirs(beside)
@@ -720,8 +762,7 @@ def save_model(model: Transformer, folder: str, tokenizer_from: str | None = Non
     raw["torch_dtype"] = str(model.norm.weight.dtype).removeprefix("torch.")
     with open(os.path.join(beside, "config.json"), "w", encoding="utf-8") as f:
         json.dump(raw, f, indent=2)
-    save_file({name: p.detach().cpu().contiguous() for name, p in named_as_in_files(model).items()},
-              os.path.join(beside, "model.safetensors"), metadata={"format": "pt"})
+    save_file(weights, os.path.join(beside, "model.safetensors"), metadata={"format": "pt"})
     if tokenizer_from:
         copy_tokenizer(tokenizer_from, beside)
     if os.path.isdir(folder):

@@ -1,8 +1,12 @@
 """One process or many: torchrun --nproc-per-node N train.py …
 
-Every process has all the weights, samples its share of the step's problems, and adds up the gradient of its own groups.
-Denominators are those of the whole step, so gradients need only be summed: N processes take the step that one would.
-Without torchrun there is one process, and every function here gives back what it was given.
+Every process samples its share of the step's problems, and adds up the gradient of its own groups. Denominators are those
+of the whole step, so gradients need only be summed: N processes take the step that one would. Without torchrun there is
+one process, and every function here gives back what it was given.
+
+Each process has all the weights, or, with --shard, an Nth of weights, gradients and moments (FSDP2: `fully_shard`, after
+ZeRO, arXiv 1910.02054). A block's weights are then put together for as long as it computes, in collectives that all
+processes must enter in the same order: one with fewer groups makes passes of weight zero.
 """
 from __future__ import annotations
 
@@ -31,13 +35,17 @@ def start() -> str | None:
     return device
 
 
-def talk(collective, *args) -> None:
-    """Raises InputError where a collective fails: with NCCL and gloo alike, somebody is not there any more."""
+def together(main) -> None:
+    """Run main(). Raises InputError where a collective fails: with NCCL and gloo alike, somebody is not there any more."""
     try:
-        collective(*args)
+        main()
     except RuntimeError as e:
+        if world() == 1 or not (isinstance(e, dist.DistError) or "gloo" in str(e)):
+            raise
         raise InputError(f"process {rank()} lost touch with another, which has ended or was killed ({str(e).splitlines()[0][:100]}); "
                          "what that one said stands nearby; --resume goes on from the last checkpoint") from None
+    finally:
+        end()
 
 
 def end() -> None:
@@ -69,10 +77,10 @@ def gather(value) -> list:
         return [value]
     data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
     sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(world())]
-    talk(dist.all_gather, sizes, torch.tensor([len(data)]))
+    dist.all_gather(sizes, torch.tensor([len(data)]))
     longest = int(max(sizes))
     parts = [torch.zeros(longest, dtype=torch.uint8) for _ in range(world())]
-    talk(dist.all_gather, parts, torch.nn.functional.pad(data, (0, longest - len(data))))
+    dist.all_gather(parts, torch.nn.functional.pad(data, (0, longest - len(data))))
     return [json.loads(bytes(part[:int(size)].tolist())) for part, size in zip(parts, sizes)]
 
 
@@ -82,8 +90,8 @@ def totals(*numbers: int) -> list[int]:
 
 
 def sum_gradients(model: torch.nn.Module) -> None:
-    """Gradients summed over the processes; one that had nothing to do counts as zeros."""
-    if world() == 1:
+    """Gradients summed over the processes; one that had nothing to do counts as zeros. (Of shards they are already.)"""
+    if world() == 1 or is_sharded(model):
         return
     parameters = list(model.parameters())
     for p in parameters:
@@ -94,7 +102,34 @@ def sum_gradients(model: torch.nn.Module) -> None:
         bucket.append(p.grad)
         if i + 1 == len(parameters) or sum(g.numel() for g in bucket) + parameters[i + 1].numel() > BUCKET:
             flat = torch.cat([g.flatten() for g in bucket])
-            talk(dist.all_reduce, flat)
+            dist.all_reduce(flat)
             for g, summed in zip(bucket, flat.split([g.numel() for g in bucket])):
                 g.copy_(summed.view_as(g))
             bucket = []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Shards
+
+def shard(model: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Leave this process an Nth of each parameter: `model`, on the meta device or not, computes in `dtype` from now on, and
+    its gradients arrive summed over the processes, in fp32."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    how = dict(mesh=init_device_mesh(device.type, (world(),)), mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32))
+    for block in model.layers:
+        fully_shard(block, **how)
+    # The output matrix is used after forward has returned (`score_responses`), so what is not a block's stays until backward.
+    fully_shard(model, reshard_after_forward=False, **how)
+    for module in (*model.layers, model):                                   # a sum, where FSDP would take the mean
+        if hasattr(module, "set_force_sum_reduction_for_comms"):            # gloo knows plain sums only
+            module.set_force_sum_reduction_for_comms(True)
+            module.set_gradient_divide_factor(1.0)
+        elif device.type == "cpu":
+            raise InputError(f"--shard: on CPUs it needs PyTorch 2.8 or newer, and this is {torch.__version__}")
+        else:
+            module.set_reduce_scatter_divide_factor(1.0)
+
+
+def is_sharded(model: torch.nn.Module) -> bool:
+    return hasattr(model, "unshard")

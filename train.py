@@ -31,11 +31,11 @@ import torch
 from tqdm import tqdm
 
 import parallel
-from checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint, sha256
+from checkpoint import hold, load_checkpoint, newest_checkpoint, save_checkpoint, sha256
 from data import Problem, Tokenizer, grade_group, load_reward, load_tokenizer, prepare, read_problems
 from gcpo import ALGORITHMS, Algorithm, Group, gold_group, group_advantages, policy_loss, substitute_gold, switch
 from model import (InputError, Transformer, encode_prompts, exit_cleanly, keep_freed_memory, load_model, pick_device, pick_dtype, read_config, read_json, save_model,
-                   score_responses, weight_files, copy_tokenizer)
+                   score_responses, weight_files, copy_tokenizer, whole)
 from sampler import cache_bytes_per_token, complete, prompt_generator, rows_that_fit, sample, summarize
 
 
@@ -75,8 +75,9 @@ class Config:
     dtype: str = switch("auto", "of the compute; auto: bfloat16 where it is faster and precise enough", ("auto", "float32", "bfloat16"))
     threads: int = switch(0, "CPU threads; 0: PyTorch's choice")
     rows: int = switch(0, "rows sampled at a time; 0: what fits in memory, at most 256")
+    shard: bool = switch(False, "each of torchrun's processes keeps its part of weights, gradients and moments only, for models larger than one device")
     gradient_checkpointing: bool = switch(False, "compute activations again in backward: less memory, about a third more time")
-    rows_per_pass: int = switch(0, "rows that go through an update together: part of a group, or several groups; 0: one group")
+    rows_per_pass: int = switch(8, "rows that go through an update together: a group, part of a large one, or several small ones")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -85,8 +86,9 @@ class Config:
 def compute_copy(model: Transformer, dtype: torch.dtype) -> Transformer:
     """The model in the dtype of the compute: itself in fp32, else a copy whose gradients arrive at `model` in fp32.
 
-    Gradients are moved as soon as a backward pass has completed them, so that those of many groups add up in fp32."""
-    if dtype == torch.float32:
+    Gradients are moved as soon as a backward pass has completed them, so that those of many groups add up in fp32.
+    (Shards have a whole copy in any dtype, which samples and scores; gradients are theirs alone.)"""
+    if dtype == torch.float32 and not parallel.is_sharded(model):
         return model
     with torch.device("meta"):
         copy = Transformer(model.config)
@@ -104,7 +106,7 @@ def compute_copy(model: Transformer, dtype: torch.dtype) -> Transformer:
 def refresh(copy: Transformer, model: Transformer) -> None:
     if copy is not model:
         for p, master in zip(copy.parameters(), model.parameters()):
-            p.copy_(master)
+            p.copy_(whole(master.to(p.dtype)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -126,9 +128,8 @@ class Item:
 
 
 def passes(items: list[Item], config: Config) -> list[list[Item]]:
-    """Whole groups that go through the network together: as many as `rows_per_pass` holds, and at least one. (Of golds
-    alone, groups of one row, as many as a group of rollouts has.)"""
-    size = max(1, (config.rows_per_pass or config.group_size) // max((len(i.group.lengths) for i in items), default=1))
+    """Whole groups that go through the network together: as many as `rows_per_pass` holds, and at least one."""
+    size = max(1, config.rows_per_pass // max((len(i.group.lengths) for i in items), default=1))
     return [items[i:i + size] for i in range(0, len(items), size)]
 
 
@@ -147,7 +148,7 @@ def row_passes(items: list[Item], config: Config, device: torch.device):
     rows |= {name: table([getattr(i, name) for i in items]) for name in ("old_logprobs", "ref_logprobs") if getattr(items[0], name) is not None}
     rows["advantages"] = torch.cat([i.advantages for i in items])
     rows["owner"] = torch.arange(len(items)).repeat_interleave(torch.tensor([len(g.lengths) for g in groups]))
-    for part in torch.arange(len(rows["lengths"])).split(config.rows_per_pass or len(rows["lengths"])):
+    for part in torch.arange(len(rows["lengths"])).split(config.rows_per_pass):
         width = int(rows["lengths"][part].max())
         yield {name: (x[part] if x.dim() == 1 else x[part, :width]).to(device) for name, x in rows.items()}
 
@@ -157,9 +158,10 @@ def backward(compute: Transformer, items: list[Item], algorithm: Algorithm, conf
 
     If a group has more than `rows_per_pass` rows, they go through a few at a time. Its prompt's keys, values and last state
     are then cut from their graph and made leaves, which collect gradient from each of these parts; one backward through the
-    prompt follows. The gradient is that of a single pass, the memory that of a few rows."""
+    prompt follows. The gradient is that of a single pass, the memory that of a few rows. (In shards, whose forward and
+    backward passes must be everyone's, the prompt goes along with each part instead.)"""
     prompts, parts, sums = [i.group.prompt for i in items], list(row_passes(items, config, compute.norm.weight.device)), Counter()
-    if len(parts) > 1:
+    if prompt_apart := len(parts) > 1 and not parallel.is_sharded(compute):
         prefix = encode_prompts(compute, prompts)
         leaves = prompts = prefix.cut()
     for rows in parts:
@@ -172,7 +174,7 @@ def backward(compute: Transformer, items: list[Item], algorithm: Algorithm, conf
         policy = mask & ~is_gold[:, None]
         part |= {"loss": loss.detach(), "entropy": entropy[policy].sum(), "mismatch": (rows["logprobs"] - old)[policy].abs().sum()}
         sums.update(dict(zip(part, torch.stack([x.double() for x in part.values()]).tolist())))
-    if len(parts) > 1:
+    if prompt_apart:
         torch.autograd.backward(prefix.tensors, [torch.zeros_like(x) if x.grad is None else x.grad for x in leaves.tensors])
     return sums
 
@@ -192,15 +194,24 @@ def score(policy: Transformer, items: list[Item], config: Config, temperature: f
     return scores
 
 
-def culprit(model: Transformer, compute: Transformer, items: list[Item], algorithm: Algorithm, config: Config) -> Item:
-    """The first group whose gradient, taken alone, is not finite (the first of all if only their sum is not)."""
-    for item in (live := [i for i in items if i.has_contrast]):
+def idle_pass(model: Transformer) -> None:
+    """Forward and backward of weight zero."""
+    one, zero = torch.ones(1, dtype=torch.int64, device=model.norm.weight.device), torch.zeros(1, dtype=torch.int64, device=model.norm.weight.device)
+    logprobs, _ = score_responses(model, [zero], zero, zero[None], one)
+    (0 * logprobs.sum()).backward()
+
+
+def culprit(model: Transformer, compute: Transformer, items: list[Item], algorithm: Algorithm, config: Config) -> Item | None:
+    """The first group whose gradient, taken alone, is not finite (the first of all if only their sum is not, or if the
+    model is in shards, where nobody can go alone)."""
+    live = [i for i in items if i.has_contrast]
+    for item in [] if parallel.is_sharded(model) else live:
         backward(compute, [item], algorithm, config, 1, 1)
         finite = all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
         model.zero_grad(set_to_none=True)
         if not finite:
             return item
-    return live[0]
+    return live[0] if live else None
 
 
 def update(model: Transformer, compute: Transformer, optimizer, items: list[Item], algorithm: Algorithm, config: Config) -> tuple[Counter, float | None]:
@@ -213,10 +224,16 @@ def update(model: Transformer, compute: Transformer, optimizer, items: list[Item
     total_rows, total_tokens, total_live = parallel.totals(sum(len(i.group.lengths) for i in items), sum(int(i.group.lengths.sum()) for i in items), len(live))
     if not total_live:
         return sums, None
-    for batch in passes(live, config):
-        sums.update(backward(compute, batch, algorithm, config, total_rows, total_tokens))
+    learner, batches, idle = compute, passes(live, config), 0
+    if parallel.is_sharded(model):                                              # whose passes all processes make together
+        count = sum(-(-sum(len(i.group.lengths) for i in batch) // config.rows_per_pass) for batch in batches)
+        learner, idle = model, max(parallel.gather(count)) - count
+    for batch in batches:
+        sums.update(backward(learner, batch, algorithm, config, total_rows, total_tokens))
+    for _ in range(idle):
+        idle_pass(learner)
     parallel.sum_gradients(model)
-    grad_norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm))
+    grad_norm = float(whole(torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)))
     if math.isfinite(grad_norm):
         optimizer.step()
         refresh(compute, model)
@@ -232,13 +249,14 @@ def train(config: Config, algorithm: Algorithm, model: Transformer, compute: Tra
     """The whole run, or the rest of it from `checkpoint` on. Returns the held-out accuracy before and after.
 
     Once stopping() is true, the step is finished and saved, and KeyboardInterrupt raised."""
+    first, tokenizer_files = parallel.rank() == 0, os.path.join(config.out, "tokenizer")
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=True)
     reference = load_model(config.model, compute.norm.weight.device, compute.norm.weight.dtype) if algorithm.kl_coef > 0 else None
-    start = [p.detach().to(torch.bfloat16, copy=True) for p in model.parameters()]
+    start = [local(p).to(torch.bfloat16, copy=True) for p in model.parameters()]
 
     def evaluated(step):
         metrics = evaluation(compute, held_out, tokenizer, config, reward)
-        if metrics and parallel.rank() == 0:
+        if metrics and first:
             tqdm.write(f"step {step}: held-out accuracy {metrics['eval/mean']:.1%}")
         return metrics
 
@@ -253,7 +271,7 @@ def train(config: Config, algorithm: Algorithm, model: Transformer, compute: Tra
 
     in_a_file = {} if sys.stderr.isatty() else {"mininterval": 30}  # a bar that is not watched but kept
     bar = tqdm(range(state["step"], config.steps), desc=algorithm.name, unit="step", initial=state["step"], total=config.steps, dynamic_ncols=True,
-               disable=parallel.rank() > 0, **in_a_file)
+               disable=not first, **in_a_file)
     for step in bar:
         began = time.perf_counter()
         chosen = parallel.share([(place, i, problems[i]) for place, i in enumerate(batch_indices(len(problems), step, config))])
@@ -307,8 +325,8 @@ def train(config: Config, algorithm: Algorithm, model: Transformer, compute: Tra
         last = step + 1 == config.steps
         due = lambda every: last or (every and (step + 1) % every == 0)
         state |= {"step": step + 1, "bad_steps": state["bad_steps"] + 1 if bad else 0}
-        if last and parallel.rank() == 0:
-            save_model(model, os.path.join(config.out, "model"), os.path.join(config.out, "tokenizer"))
+        if last:
+            save_model(model, os.path.join(config.out, "model"), tokenizer_files, write=first)
         if due(config.eval_every):
             metrics |= evaluated(step + 1)
             state["after"] = metrics.get("eval/mean")
@@ -317,8 +335,8 @@ def train(config: Config, algorithm: Algorithm, model: Transformer, compute: Tra
         log("metrics", metrics)
         log("samples", bad or sample_record(step + 1, items, tokenizer))
         # The log first: what it says beyond the checkpoint is cut off on resuming, what it lacks would be lacking.
-        if (due(config.save_every) or state["best_step"] == step + 1 or stop) and parallel.rank() == 0:
-            save_checkpoint(config.out, model, optimizer, state, os.path.join(config.out, "tokenizer"), config.keep)
+        if due(config.save_every) or state["best_step"] == step + 1 or stop:
+            save_checkpoint(config.out, model, optimizer, state, tokenizer_files, config.keep, write=first)
         if state["bad_steps"] >= config.max_bad_steps:
             raise InputError(f"step {step + 1}: the gradient was not finite for {state['bad_steps']} steps in a row (samples.jsonl shows the groups); "
                              f"the weights are those before them, in {config.out}/checkpoints; try a lower --lr or --dtype float32")
@@ -421,8 +439,15 @@ def peak_bytes(device: torch.device) -> float:
 
 def bf16_changed(model: Transformer, start: list[torch.Tensor]) -> float:
     """Share of weights whose value in bf16 differs from the start's: only these can change a bf16 forward pass."""
-    changed = sum((p.detach().to(torch.bfloat16) != s).sum() for p, s in zip(model.parameters(), start))
-    return float(changed) / sum(s.numel() for s in start)
+    changed, size = sum(int((local(p).to(torch.bfloat16) != s).sum()) for p, s in zip(model.parameters(), start)), sum(s.numel() for s in start)
+    if parallel.is_sharded(model):
+        changed, size = parallel.totals(changed, size)
+    return changed / size
+
+
+def local(p: torch.Tensor) -> torch.Tensor:
+    """A parameter without its gradient, or this process's shard of it."""
+    return p.detach().to_local() if hasattr(p, "to_local") else p.detach()
 
 
 def sample_record(step: int, items: list[Item], tokenizer: Tokenizer) -> dict:
@@ -562,7 +587,7 @@ def parse_flags(argv: list[str] | None = None) -> tuple[Config, Algorithm, dict]
 
 def check(config: Config) -> None:
     least = dict(steps=1, prompts=1, group_size=1, max_new_tokens=1, updates=1, lr=0, lr_end=0, warmup=0, weight_decay=0, eval_every=0,
-                 eval_samples=1, eval_limit=0, save_every=0, keep=1, max_bad_steps=1, threads=0, rows=0, rows_per_pass=0, seed=0)
+                 eval_samples=1, eval_limit=0, save_every=0, keep=1, max_bad_steps=1, threads=0, rows=0, rows_per_pass=1, seed=0)
     for name, low in least.items():
         value = getattr(config, name)
         if not low <= value < math.inf:
@@ -598,7 +623,7 @@ def latest_folder(stem: str) -> str:
     return name
 
 
-HARMLESS = {"out", "resume", "device", "threads", "steps", "eval_every", "save_every", "keep", "max_bad_steps", "model", "data", "eval_data"}  # the files by their checksums
+HARMLESS = {"out", "resume", "device", "threads", "steps", "shard", "eval_every", "save_every", "keep", "max_bad_steps", "model", "data", "eval_data"}  # the files by their checksums
 
 
 def record_of(config: Config, algorithm: Algorithm, device: torch.device, compute: Transformer) -> dict:
@@ -654,10 +679,10 @@ def estimated_bytes(model: Transformer, compute: Transformer, config: Config, lo
     c, size = model.config, compute.norm.weight.element_size()
     n = sum(p.numel() for p in model.parameters())
     rows = min(config.rows or rows_that_fit(compute, config.group_size, longest_prompt, config.max_new_tokens), config.prompts * config.group_size)
-    tokens = (config.rows_per_pass or config.group_size) * config.max_new_tokens + longest_prompt
+    tokens = config.rows_per_pass * config.max_new_tokens + longest_prompt
     per_layer = 8 * c.hidden_size + 4 * c.intermediate_size + 6 * c.num_attention_heads * c.head_dim
     activations = 2 * tokens * c.num_hidden_layers * per_layer * size
-    return 18 * n + (size * n if compute is not model else 0) + rows * config.max_new_tokens * cache_bytes_per_token(compute) + activations + 2**29
+    return 18 * n / (parallel.world() if config.shard else 1) + (size * n if compute is not model else 0) + rows * config.max_new_tokens * cache_bytes_per_token(compute) + activations + 2**29
 
 
 def read_all(config: Config, algorithm: Algorithm, device: torch.device):
@@ -674,7 +699,8 @@ def read_all(config: Config, algorithm: Algorithm, device: torch.device):
     prepare(held_out, tokenizer, **limits)
     if algorithm.train_on == "gold" and not any(p.gold_ids is not None for p in problems):
         raise InputError(f"--algo {config.algo} trains on gold, and {config.data} has none that can be used" + (f" ({complaints[0]})" if complaints else ""))
-    return reward, problems, held_out, complaints, tokenizer, load_model(config.model, device)
+    shard = (lambda model: parallel.shard(model, device, pick_dtype(config.dtype, device))) if config.shard else None
+    return reward, problems, held_out, complaints, tokenizer, load_model(config.model, device, shard=shard)
 
 
 def announce(config: Config, algorithm: Algorithm, given: dict, settings: dict, name: str, device, model, compute, problems, held_out, complaints, checkpoint):
@@ -713,6 +739,8 @@ def main():
     own_device, first = parallel.start(), parallel.rank() == 0
     if config.threads:
         torch.set_num_threads(config.threads)
+    if config.shard and parallel.world() == 1:
+        raise InputError("--shard: there is one process; torchrun --nproc-per-node N train.py … starts N")
     device = pick_device(own_device if own_device and config.device == "auto" else config.device)
     toy = config.model is None
     folder = os.path.abspath(config.model or "toy")
@@ -735,7 +763,7 @@ def main():
             shutil.rmtree(config.out)
         raise
     compute = compute_copy(model, pick_dtype(config.dtype, device))
-    compute.gradient_checkpointing = config.gradient_checkpointing
+    compute.gradient_checkpointing = model.gradient_checkpointing = config.gradient_checkpointing
     with_gold = sum(p.gold_ids is not None for p in problems)
     if first and not with_gold and algorithm.gold_when != "never":
         why = f"none of its golds can be used, see the notes; first: {complaints[0]}" if complaints else "--answer-only-gold makes gold of bare answers"
@@ -750,6 +778,7 @@ def main():
         checkpoint = parallel.gather(newest_checkpoint(config.out) if first else None)[0]
     os.makedirs(config.out, exist_ok=True)
     if first:
+        hold(config.out)
         announce(config, algorithm, given, settings, name, device, model, compute, problems, held_out, complaints, checkpoint)
     files = {kind: open(os.path.join(config.out, f"{kind}.jsonl"), "a", encoding="utf-8") for kind in (("metrics", "samples") if first else ())}
 
@@ -780,8 +809,6 @@ def main():
             print("\nstopped; " + (f"the model so far is {saved}/model; " if saved else "") + f"to go on: the same command with --resume --out {shlex.quote(config.out)}",
                   file=sys.stderr)
         raise
-    finally:
-        parallel.end()
     if not first:
         return
     if before is not None:
@@ -803,4 +830,4 @@ def main():
 
 
 if __name__ == "__main__":
-    exit_cleanly(main)
+    exit_cleanly(lambda: parallel.together(main))

@@ -12,9 +12,9 @@ import torch
 
 import parallel
 from gcpo import ALGORITHMS, Group, group_advantages
-from model import load_model
+from model import load_model, whole
 from test_faults import ROOT, Run, start
-from train import Config, Item, build_toy, update
+from train import Config, Item, build_toy, compute_copy, update
 
 
 def free_port():
@@ -36,17 +36,21 @@ def fixed_items(contrast):
     return items
 
 
-def worker(rank, world, port, folder, contrast, optimizer_name):
+def worker(rank, world, port, folder, contrast, optimizer_name, shard):
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     parallel.start()
-    model = load_model(os.path.join(folder, "toy", "model"))
+    split = lambda model: parallel.shard(model, torch.device("cpu"), torch.float32)
+    model = load_model(os.path.join(folder, "toy", "model"), shard=split if shard and world > 1 else None)
+    compute = compute_copy(model, torch.float32)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1) if optimizer_name == "sgd" else torch.optim.AdamW(model.parameters(), lr=1e-3)
     items, norms = parallel.share(fixed_items(contrast)), []
     for _ in range(3):
-        norms.append(update(model, model, optimizer, items, ALGORITHMS["gcpo"], Config(max_new_tokens=24))[1])
+        norms.append(update(model, compute, optimizer, items, ALGORITHMS["gcpo"], Config(max_new_tokens=24, rows_per_pass=3 if shard else 8))[1])
+    weights = torch.cat([whole(p.detach()).flatten() for p in model.parameters()])
+    assert torch.equal(weights, torch.cat([p.detach().flatten() for p in compute.parameters()]))    # what samples next is what was trained
     if rank == 0:
-        torch.save([torch.cat([p.detach().flatten() for p in model.parameters()]), norms], os.path.join(folder, f"{world}.pt"))
+        torch.save([weights, norms], os.path.join(folder, f"{world}.pt"))
     parallel.end()
 
 
@@ -57,15 +61,17 @@ def toy_folder(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("contrast, optimizer", [((0, 1, 2, 3, 4), "sgd"), ((2,), "sgd"), ((), "sgd"), ((0, 1, 2, 3, 4), "adamw")],
-                         ids=["all groups", "one group", "no group", "all groups, AdamW"])
-def test_n_processes_take_the_step_of_one(toy_folder, contrast, optimizer):
+@pytest.mark.parametrize("contrast, optimizer, shard", [((0, 1, 2, 3, 4), "sgd", False), ((2,), "sgd", False), ((), "sgd", False),
+                         ((0, 1, 2, 3, 4), "adamw", False), ((0, 1, 2, 3, 4), "sgd", True), ((2,), "adamw", True)],
+                         ids=["all groups", "one group", "no group", "all groups, AdamW", "all groups, shards", "one group, AdamW, shards"])
+def test_n_processes_take_the_step_of_one(toy_folder, contrast, optimizer, shard):
     """Forbids denominators of a process's own, gradients averaged where they should be summed, and processes that wait
-    for each other for ever: five groups over one, two and three processes, also where some or all have nothing to do."""
+    for each other for ever: five groups over one, two and three processes, also where some or all have nothing to do, with
+    whole weights in each process or a shard of them."""
     results = {}
     for world in (1, 2, 3):
         port = free_port()
-        workers = [start.Process(target=worker, args=(rank, world, port, toy_folder, contrast, optimizer)) for rank in range(world)]
+        workers = [start.Process(target=worker, args=(rank, world, port, toy_folder, contrast, optimizer, shard)) for rank in range(world)]
         [w.start() for w in workers]
         [w.join(60) for w in workers]
         assert [w.exitcode for w in workers] == [0] * world

@@ -312,7 +312,7 @@ def test_default_learning_rate_moves_a_real_model():
         exact, rounded = [logprob(model)], [logprob(compute)]
         for _ in range(10):
             with torch.enable_grad():
-                train.update(model, compute, optimizer, [item], gcpo, replace(config, rows_per_pass=0))
+                train.update(model, compute, optimizer, [item], gcpo, config)
             exact.append(logprob(model))
         rounded.append(logprob(compute))
     assert exact[1] > exact[0] and rounded[-1] > rounded[0] + 0.02
