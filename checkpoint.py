@@ -85,6 +85,11 @@ def checkpoints(out: str) -> list[str]:
     return sorted(name for name in (os.listdir(root) if os.path.isdir(root) else []) if name.startswith("step-"))
 
 
+NOTHING = type(None)
+STATE = {"step": (int,), "bad_steps": (int,), "before": (float, NOTHING), "after": (float, NOTHING), "best": (float, NOTHING), "best_step": (int, NOTHING),
+         "epoch": (int,), "taken": (int,), "solved": (list,), "dropped": (list,)}
+
+
 def damage(path: str) -> str | None:
     """What is wrong with a checkpoint, or None."""
     try:
@@ -99,9 +104,8 @@ def damage(path: str) -> str | None:
                 return f"{name} has {os.path.getsize(file)} bytes, not {size}"
             if sha256(file) != digest:
                 return f"{name} was altered"
-        number = lambda name, *kinds: isinstance(state[name], kinds) and not isinstance(state[name], bool)
-        if not number("step", int) or not number("bad_steps", int) or not number("best_step", int, type(None)) \
-                or not all(number(name, int, float, type(None)) for name in ("before", "after", "best")) or "optimizer.safetensors" not in state["files"]:
+        if not all(type(state[name]) in kinds for name, kinds in STATE.items()) or not all(type(i) is int for i in state["solved"] + state["dropped"]) \
+                or "optimizer.safetensors" not in state["files"]:
             return "state.json lacks something, or has it in another form"
     except (InputError, KeyError, TypeError, ValueError, AttributeError) as e:
         return f"state.json cannot be used ({e})"

@@ -89,31 +89,54 @@ class Algorithm:
     clip_low: float = switch(0.2, "ε_low: no gradient once a bad row's ratio is below 1 − ε_low")
     clip_high: float = switch(0.2, "ε_high: no gradient once a good row's ratio is above 1 + ε_high")
     kl_coef: float = switch(0.0, "weight of a KL penalty of the rollouts against the frozen start model (loaded only when > 0)")
+    objective: str = switch("clipped", "the clipped surrogate, or DPO's loss of pairs: each better response of a group with each worse one", ("clipped", "pairs"))
+    beta: float = switch(0.1, "DPO's β, with pairs")
+    resample: str = switch("none", "dynamic: sample further problems until every group has right and wrong responses; history: drop problems whose "
+                           "rollouts were all right, at the end of each pass over the data", ("none", "dynamic", "history"))
+    max_tries: int = switch(3, "rounds of sampling per step at most, with dynamic")
+    overlong: float = switch(0.0, "over this last share of max_new_tokens a rollout's reward falls linearly, by 1 at the limit")
+    sft_share: float = switch(0.0, "share of the steps, the first ones, that train on gold alone: SFT, then RL")
 
     def __post_init__(self):
         for name, spec in self.__dataclass_fields__.items():
             value, choices = getattr(self, name), spec.metadata.get("choices")
             if choices and value not in choices:
                 raise ValueError(f"{name}={value}: choose one of {', '.join(choices)}")
-        for name in ("clip_low", "clip_high", "gold_clip", "kl_coef"):
+        for name in ("clip_low", "clip_high", "gold_clip", "kl_coef", "beta"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < float("inf"):
                 raise ValueError(f"{name}={value}: must be 0 or more, and finite")
+        for name in ("overlong", "sft_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be from 0 to 1")
+        if self.max_tries < 1:
+            raise ValueError(f"max_tries={self.max_tries}: must be 1 or more")
+        if self.objective == "pairs" and self.kl_coef > 0:
+            raise ValueError("kl_coef: with objective=pairs the reference model is in the loss already; leave it at 0")
         if self.gold_shape == "ratio" and self.gold_old != "one":
             raise ValueError("gold_shape=ratio: it shapes a probability, so it needs gold_old=one")
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the loss looks at the frozen start model."""
+        return self.kl_coef > 0 or self.objective == "pairs"
 
 
 _grpo = Algorithm("grpo", "arXiv 2402.03300")
 _gspo = replace(_grpo, name="gspo", paper="arXiv 2507.18071", level="sequence", clip_low=3e-4, clip_high=4e-4)
+_gcpo = replace(_gspo, name="gcpo", paper="arXiv 2510.07790", gold_when="all_wrong", gold_clip=0.2)
 ALGORITHMS = {a.name: a for a in (
-    replace(_gspo, name="gcpo", paper="arXiv 2510.07790", gold_when="all_wrong", gold_clip=0.2),
+    _gcpo,
     _grpo,
     replace(_grpo, name="dr_grpo", paper="arXiv 2503.20783", aggregation="fixed_length", scale="none"),
-    replace(_grpo, name="dapo", paper="arXiv 2503.14476 (its loss)", aggregation="token_mean", clip_high=0.28),
+    replace(_grpo, name="dapo", paper="arXiv 2503.14476", aggregation="token_mean", clip_high=0.28, resample="dynamic", overlong=0.2),
     _gspo,
-    replace(_grpo, name="luffy", paper="arXiv 2504.14945 (its loss)", gold_when="always", gold_old="one", gold_shape="ratio",
+    replace(_grpo, name="srpo", paper="arXiv 2504.14286", aggregation="token_mean", resample="history"),
+    replace(_grpo, name="luffy", paper="arXiv 2504.14945", gold_when="always", gold_old="one", gold_shape="ratio",
             aggregation="token_mean", scale="none"),
+    replace(_grpo, name="dpo", paper="arXiv 2305.18290", objective="pairs", gold_when="all_wrong"),
     replace(_grpo, name="sft", train_on="gold", aggregation="token_mean"),
+    replace(_gcpo, name="sft_gcpo", sft_share=0.5),
 )}
 
 
@@ -176,6 +199,16 @@ def group_advantages(rewards: Tensor, scale: str = "std") -> Tensor:
     return advantages / (rewards.std(correction=1) + ADVANTAGE_EPS) if scale == "std" else advantages
 
 
+def overlong_penalty(lengths: Tensor, max_new_tokens: int, share: float) -> Tensor:
+    """DAPO's soft punishment (arXiv 2503.14476, eq. 13): lengths (G,) -> (G,), 0 outside the last `share` of
+    max_new_tokens and falling there to −1. It shapes rewards; what counts as correct does not change.
+
+    >>> overlong_penalty(torch.tensor([80, 90, 100]), max_new_tokens=100, share=0.2)
+    tensor([-0.0000, -0.5000, -1.0000])
+    """
+    return -((lengths - (1 - share) * max_new_tokens) / max(share * max_new_tokens, 1e-9)).clamp(0, 1)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The loss
 
@@ -203,6 +236,29 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     return d.exp() - d - 1
 
 
+def importance_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, is_gold: Tensor, algorithm: Algorithm) -> tuple[Tensor, Tensor, Tensor]:
+    """The ratio (G, T) that weighs each token, and its clip range, low and high (G, 1). Gold has a range of its own, and
+    perhaps a shape."""
+    gold = is_gold[:, None]
+    if algorithm.gold_old == "one":
+        old_logprobs = torch.where(gold, 0.0, old_logprobs)                                             # log 1
+    ratio = log_ratio(logprobs, old_logprobs, mask, algorithm.level).exp()
+    gold_high = float("inf") if algorithm.gold_clip is None else 1 + algorithm.gold_clip
+    if algorithm.gold_shape == "ratio":
+        p = log_ratio(logprobs, old_logprobs, mask, "token").exp()
+        ratio, gold_high = torch.where(gold, p / (p + SHAPE_GAMMA), ratio), float("inf")
+    like = torch.ones_like(logprobs[:, :1])
+    return ratio, torch.where(gold, 0.0, like - algorithm.clip_low), torch.where(gold, gold_high, like + algorithm.clip_high)    # gold: upper clip only
+
+
+def pair_loss(logprobs: Tensor, ref_logprobs: Tensor, advantages: Tensor, mask: Tensor, beta: float) -> Tensor:
+    """DPO (arXiv 2305.18290, eq. 7) inside a group: −log σ(β [(T − ref) of the chosen − (T − ref) of the rejected]), sums over
+    tokens, the mean over all pairs of a response above the group's mean reward with one below it: of right or gold with wrong."""
+    margin = beta * masked_sum(logprobs - ref_logprobs, mask, dim=1)                                    # (G,)
+    pairs = margin[advantages > 0][:, None] - margin[advantages < 0]
+    return -torch.nn.functional.logsigmoid(pairs).sum() / max(1, pairs.numel())
+
+
 def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, algorithm: Algorithm, *,
                 total_rows: float, total_tokens: float, max_new_tokens: int | None = None,
                 is_gold: Tensor | None = None, ref_logprobs: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
@@ -217,28 +273,22 @@ def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask
     it was cut. Returns (loss, sums): the loss a scalar to minimise, the sums scalars that add up over parts likewise.
     """
     mask_row = mask.sum(1)
-    gold = (torch.zeros_like(advantages, dtype=torch.bool) if is_gold is None else is_gold)[:, None]    # (G, 1)
-    advantage = advantages[:, None]                                                                     # (G, 1)
+    is_gold = torch.zeros_like(advantages, dtype=torch.bool) if is_gold is None else is_gold
+    gold, advantage = is_gold[:, None], advantages[:, None]                                             # (G, 1)
     logprobs = torch.where(mask, logprobs, 0.0)          # so that nothing in the padding can reach a gradient
     old_logprobs = torch.where(mask, old_logprobs, 0.0)
-    if algorithm.gold_old == "one":
-        old_logprobs = torch.where(gold, 0.0, old_logprobs)                                             # log 1
-
-    ratio = log_ratio(logprobs, old_logprobs, mask, algorithm.level).exp()                              # (G, T)
-    gold_high = float("inf") if algorithm.gold_clip is None else 1 + algorithm.gold_clip
-    if algorithm.gold_shape == "ratio":
-        p = log_ratio(logprobs, old_logprobs, mask, "token").exp()
-        ratio, gold_high = torch.where(gold, p / (p + SHAPE_GAMMA), ratio), float("inf")
-    low = torch.where(gold, 0.0, torch.full_like(advantage, 1 - algorithm.clip_low))                    # gold: upper clip only
-    high = torch.where(gold, gold_high, torch.full_like(advantage, 1 + algorithm.clip_high))
+    ref_logprobs = None if ref_logprobs is None else torch.where(mask, ref_logprobs, 0.0)
+    ratio, low, high = importance_ratio(logprobs, old_logprobs, mask, is_gold, algorithm)
     objective = torch.minimum(ratio * advantage, ratio.clamp(low, high) * advantage)                    # (G, T)
 
     token_loss = -objective
     if algorithm.kl_coef > 0:
-        kl = torch.where(gold, 0.0, kl_estimate(logprobs, torch.where(mask, ref_logprobs, 0.0)))  # gold was not drawn from π_θ
+        kl = torch.where(gold, 0.0, kl_estimate(logprobs, ref_logprobs))  # gold was not drawn from π_θ
         token_loss = token_loss + algorithm.kl_coef * kl
 
-    if algorithm.aggregation == "row_mean":
+    if algorithm.objective == "pairs":                   # the mean over groups, in which one without contrast counts as 0
+        loss = pair_loss(logprobs, ref_logprobs, advantages, mask, algorithm.beta) * len(advantages) / total_rows
+    elif algorithm.aggregation == "row_mean":
         loss = (masked_sum(token_loss, mask, dim=1) / mask_row.clamp(min=1)).sum() / total_rows
     elif algorithm.aggregation == "token_mean":
         loss = masked_sum(token_loss, mask) / total_tokens
@@ -247,6 +297,7 @@ def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask
 
     with torch.no_grad():
         clipped = ((ratio < low) & (advantage < 0)) | ((ratio > high) & (advantage > 0))  # tokens left without gradient
+        clipped &= algorithm.objective == "clipped"
         policy, golden = mask & ~gold, mask & gold
         sums = {
             "policy_tokens": policy.sum(), "policy_ratio": masked_sum(ratio, policy), "policy_clipped": (policy & clipped).sum(),

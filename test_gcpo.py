@@ -14,7 +14,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from gcpo import (ALGORITHMS, Algorithm, Group, gold_group, group_advantages, kl_estimate, log_ratio, policy_loss, substitute_gold)
+from gcpo import (ALGORITHMS, Algorithm, Group, gold_group, group_advantages, kl_estimate, log_ratio, overlong_penalty, pair_loss, policy_loss,
+                  substitute_gold)
 from model import Transformer, read_config, token_logprobs
 from train import Config, Item, compute_copy, update
 
@@ -39,6 +40,11 @@ def gradient_of(algorithm, new=NEW, old=OLD, **more):
     new = new.clone().requires_grad_()
     loss = loss_of(algorithm, new, new.detach() if old is None else old, **more)
     return torch.autograd.grad(loss, new)[0]
+
+
+def with_kl(name):
+    """The preset with everything the loss can hold: a KL penalty too, but for DPO, which has its reference elsewhere."""
+    return replace(ALGORITHMS[name], kl_coef=0.1 * (ALGORITHMS[name].objective == "clipped"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -80,6 +86,28 @@ def test_kl_penalty_equals_the_golden_numbers():
     assert (with_kl - without).item() == pytest.approx(0.5 * 0.050839, abs=1e-6)
 
 
+def test_pair_loss_is_dpo_s():
+    """Forbids means over tokens where DPO sums, pairs of two right responses, and the reference left out: against the formula
+    written out pair by pair, and at the start model itself log 2, whatever the responses."""
+    generator = torch.Generator().manual_seed(0)
+    new, ref = -torch.rand(4, 5, dtype=torch.float64, generator=generator), -torch.rand(4, 5, dtype=torch.float64, generator=generator)
+    mask, advantages = torch.arange(5) < torch.tensor([[5], [2], [3], [1]]), group_advantages(torch.tensor([1.0, 0.0, 1.0, 0.0]))
+    margin = [sum(float(new[i, t] - ref[i, t]) for t in range(5) if mask[i, t]) for i in range(4)]
+    pairs = [-math.log(1 / (1 + math.exp(-0.1 * (margin[i] - margin[j])))) for i in (0, 2) for j in (1, 3)]
+    assert pair_loss(new, ref, advantages, mask, 0.1).item() == pytest.approx(sum(pairs) / 4, rel=1e-12)
+    assert pair_loss(ref, ref, advantages, mask, 0.1).item() == pytest.approx(math.log(2), rel=1e-12)
+    loss = policy_loss(new, new, advantages, mask, ALGORITHMS["dpo"], total_rows=8, total_tokens=99, ref_logprobs=ref)[0]
+    assert loss.item() == pytest.approx(sum(pairs) / 4 / 2, rel=1e-12)      # the other of two groups has no pair and counts as 0
+
+
+def test_overlong_penalty():
+    """Forbids a slope that begins or ends elsewhere than DAPO's, and a penalty where none is asked for."""
+    lengths = torch.tensor([1, 80, 85, 90, 100])
+    assert overlong_penalty(lengths, 100, 0.2).tolist() == pytest.approx([0, 0, -0.25, -0.5, -1])
+    assert overlong_penalty(lengths, 100, 0.0).abs().max() == 0
+    assert overlong_penalty(lengths, 100, 1.0).tolist() == pytest.approx([-0.01, -0.8, -0.85, -0.9, -1])
+
+
 def test_kl_estimate_is_the_kl_divergence():
     """Forbids k3 the wrong way round: its mean under π_θ is KL(π_θ ‖ π_ref), here summed over all of a 50-way softmax."""
     policy, ref = (torch.randn(50, dtype=torch.float64, generator=torch.Generator().manual_seed(i)).log_softmax(0) for i in (1, 2))
@@ -91,7 +119,7 @@ def test_kl_estimate_is_the_kl_divergence():
 @pytest.mark.parametrize("name", [n for n in ALGORITHMS])
 def test_gradient_equals_finite_differences(name):
     """Forbids a gradient that is not the loss's: a detached ratio, a mask applied on one side, a wrong clip branch."""
-    algorithm = replace(ALGORITHMS[name], kl_coef=0.1)
+    algorithm = with_kl(name)
     generator = torch.Generator().manual_seed(3)
     old = -torch.rand(3, 4, dtype=torch.float64, generator=generator) * 3
     new = old + 0.5 * torch.randn(3, 4, dtype=torch.float64, generator=generator)
@@ -143,7 +171,7 @@ def test_mask_counts_the_end_token_even_if_it_is_the_pad_token():
 @pytest.mark.parametrize("poison", [NAN, float("inf"), -1e30])
 def test_padding_never_reaches_loss_or_gradient(name, poison):
     """Forbids 0 · NaN: whatever stands in the padding, values and gradients are those of the narrow group."""
-    algorithm = replace(ALGORITHMS[name], kl_coef=0.1)
+    algorithm = with_kl(name)
     is_gold = torch.tensor([True, False])
     wide = lambda x: torch.cat([torch.where(MASK, x, poison), torch.full((2, 3), poison)], dim=1)
     mask = torch.cat([MASK, torch.zeros(2, 3, dtype=torch.bool)], dim=1)
@@ -155,7 +183,7 @@ def test_padding_never_reaches_loss_or_gradient(name, poison):
     assert torch.allclose(gradient[:, :3], gradient_of(algorithm, **narrow), rtol=1e-6) and not gradient[~mask].any()
 
 
-@pytest.mark.parametrize("name", list(ALGORITHMS))
+@pytest.mark.parametrize("name", [name for name, a in ALGORITHMS.items() if a.objective == "clipped"])
 def test_parts_of_a_step_add_up(name):
     """Forbids a loss normalised per micro-batch: row by row, in any order, with the step's totals, loss and metric sums
     add up to those of the whole; and the order of rows does not matter."""
@@ -241,11 +269,12 @@ def test_never_gold_is_gspo():
 def test_no_contrast_no_gradient():
     """Forbids a gradient from a group of equals: with A = 0 it is exactly zero, whatever the ratio."""
     for algorithm in ALGORITHMS.values():
-        assert loss_of(algorithm, advantages=torch.zeros(2)).item() == 0
-        assert gradient_of(algorithm, advantages=torch.zeros(2))[MASK].abs().sum().item() == 0
+        assert loss_of(algorithm, advantages=torch.zeros(2), ref_logprobs=REF).item() == 0
+        assert gradient_of(algorithm, advantages=torch.zeros(2), ref_logprobs=REF)[MASK].abs().sum().item() == 0
 
 
-@pytest.mark.parametrize("bad", [dict(level="word"), dict(clip_low=-0.1), dict(gold_clip=NAN), dict(gold_shape="ratio"), dict(kl_coef=float("inf"))])
+@pytest.mark.parametrize("bad", [dict(level="word"), dict(clip_low=-0.1), dict(gold_clip=NAN), dict(gold_shape="ratio"), dict(kl_coef=float("inf")),
+                                 dict(overlong=1.5), dict(sft_share=-0.1), dict(max_tries=0), dict(objective="pairs", kl_coef=0.1), dict(beta=NAN)])
 def test_impossible_settings_are_refused(bad):
     """Forbids a setting that is silently ignored."""
     with pytest.raises(ValueError):

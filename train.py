@@ -22,6 +22,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass, fields, replace
@@ -33,7 +34,7 @@ from tqdm import tqdm
 import parallel
 from checkpoint import hold, load_checkpoint, newest_checkpoint, save_checkpoint, sha256
 from data import Problem, Tokenizer, grade_group, load_reward, load_tokenizer, prepare, read_problems
-from gcpo import ALGORITHMS, Algorithm, Group, gold_group, group_advantages, policy_loss, substitute_gold, switch
+from gcpo import ALGORITHMS, Algorithm, Group, gold_group, group_advantages, importance_ratio, overlong_penalty, policy_loss, substitute_gold, switch
 from model import (InputError, Transformer, encode_prompts, exit_cleanly, keep_freed_memory, load_model, pick_device, pick_dtype, read_config, read_json, save_model,
                    score_responses, weight_files, copy_tokenizer, whole)
 from sampler import cache_bytes_per_token, complete, prompt_generator, rows_that_fit, sample, summarize
@@ -63,6 +64,7 @@ class Config:
     eval_limit: int = switch(200, "only the first so many held-out problems; 0: all")
     save_every: int = switch(50, "write a checkpoint every so many steps, and at the end; 0: at the end only")
     keep: int = switch(2, "checkpoints to keep, and the best by evaluation besides")
+    show: bool = switch(False, "sample one group, print what the algorithm does with it, and stop")
     resume: bool = switch(False, "go on with the run in --out (default: the newest of its name), to the bit")
     max_bad_steps: int = switch(10, "stop after so many steps in a row whose gradient is not finite")
     answer_format: str = switch("hash", "what instruction and gold use: #### or \\boxed{}", ("hash", "boxed"))
@@ -241,6 +243,10 @@ def update(model: Transformer, compute: Transformer, optimizer, items: list[Item
     return sums, grad_norm
 
 
+def adamw(model: Transformer, config: Config) -> torch.optim.AdamW:
+    return torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=True)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The algorithm
 
@@ -250,8 +256,8 @@ def train(config: Config, algorithm: Algorithm, model: Transformer, compute: Tra
 
     Once stopping() is true, the step is finished and saved, and KeyboardInterrupt raised."""
     first, tokenizer_files = parallel.rank() == 0, os.path.join(config.out, "tokenizer")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=True)
-    reference = load_model(config.model, compute.norm.weight.device, compute.norm.weight.dtype) if algorithm.kl_coef > 0 else None
+    optimizer = adamw(model, config)
+    reference = load_model(config.model, compute.norm.weight.device, compute.norm.weight.dtype) if algorithm.needs_reference else None
     start = [local(p).to(torch.bfloat16, copy=True) for p in model.parameters()]
 
     def evaluated(step):
@@ -267,46 +273,39 @@ def train(config: Config, algorithm: Algorithm, model: Transformer, compute: Tra
         metrics = evaluated(0)
         log("metrics", {"step": 0, **metrics})
         before = metrics.get("eval/mean")
-        state = {"step": 0, "before": before, "after": before, "best": None, "best_step": None, "bad_steps": 0}
+        state = {"step": 0, "before": before, "after": before, "best": None, "best_step": None, "bad_steps": 0,
+                 **BEGINNING}
 
     in_a_file = {} if sys.stderr.isatty() else {"mininterval": 30}  # a bar that is not watched but kept
     bar = tqdm(range(state["step"], config.steps), desc=algorithm.name, unit="step", initial=state["step"], total=config.steps, dynamic_ncols=True,
                disable=not first, **in_a_file)
     for step in bar:
         began = time.perf_counter()
-        chosen = parallel.share([(place, i, problems[i]) for place, i in enumerate(batch_indices(len(problems), step, config))])
-        if algorithm.train_on == "gold":
-            rollouts = []
-            items = [Item(place, p, gold_group(p.prompt, p.gold_ids), torch.ones(1)) for place, _, p in chosen if p.gold_ids is not None]
+        now = ALGORITHMS["sft"] if step < algorithm.sft_share * config.steps else algorithm             # SFT, then RL
+        if now.train_on == "gold":
+            chosen = parallel.share([(place, problems[i]) for place, i in enumerate(next_problems(config.prompts, len(problems), state, config.seed))])
+            rollouts, items = [], [Item(place, p, gold_group(p.prompt, p.gold_ids), torch.ones(1)) for place, p in chosen if p.gold_ids is not None]
         else:
-            # A stream for each place, not for each problem: with few problems one may come twice in a step.
-            rollouts = sample(compute, [p.prompt for *_, p in chosen], config.group_size, config.max_new_tokens, temperature=config.temperature,
-                              stop_ids=tokenizer.stop_ids, seed=(config.seed, step), prompt_ids=[place for place, *_ in chosen], max_rows=config.rows or None)
-            rollouts = [grade_group(group, p, tokenizer, reward, config.correct_at) for group, (*_, p) in zip(rollouts, chosen)]
-            items = []
-            for group, (place, _, p) in zip(rollouts, chosen):
-                if p.gold_ids is not None:                                      # the generator draws which rollout gives way
-                    group = substitute_gold(group, p.gold_ids, algorithm, prompt_generator((config.seed, step, 1), place, 0), p.gold_reward)
-                items.append(Item(place, p, group, group_advantages(group.rewards, algorithm.scale)))
+            rollouts, items = collect(step, compute, tokenizer, problems, state, reward, now, config)
         sampled = time.perf_counter()
 
         minibatches = [[i for i in items if i.place * config.updates // config.prompts == number] for number in range(config.updates)]
         live = [i for i in items if i.has_contrast]
         # SFT has no π_old: its ratio is 1 by definition, so that its gradient is the likelihood's.
-        later = [i for batch in minibatches[1:] for i in batch if i.has_contrast] if algorithm.train_on == "rollouts" else []
+        later = [i for batch in minibatches[1:] for i in batch if i.has_contrast] if now.train_on == "rollouts" else []
         for item, logprobs in zip(later, score(compute, later, config, config.temperature)):
             item.old_logprobs = logprobs                                        # π_old, before the first update moves the weights
-        for item, logprobs in zip(live, score(reference, live, config, config.temperature) if reference else []):
+        for item, logprobs in zip(live, score(reference, live, config, config.temperature) if now.needs_reference else []):
             item.ref_logprobs = logprobs
         for param_group in optimizer.param_groups:
             param_group["lr"] = learning_rate(step, config)
         sums, norms, bad = Counter(), [], None
         for batch in minibatches:
-            batch_sums, norm = update(model, compute, optimizer, batch, algorithm, config)
+            batch_sums, norm = update(model, compute, optimizer, batch, now, config)
             sums.update(batch_sums)
             norms.append(norm)
             if norm is not None and not math.isfinite(norm):
-                bad = bad or culprit(model, compute, batch, algorithm, config)
+                bad = bad or culprit(model, compute, batch, now, config)
         updated = time.perf_counter()
 
         # From here on what the processes did is put together; the first of them writes it down.
@@ -347,13 +346,60 @@ def train(config: Config, algorithm: Algorithm, model: Transformer, compute: Tra
     return state["before"], state["after"]
 
 
-def batch_indices(size: int, step: int, config: Config) -> list[int]:
-    """The problems of step `step` (from 0): a new order for each pass over the data, nothing left out at its end, and
-    no state, as all follows from the step."""
-    first = step * config.prompts
-    epochs = range(first // size, (first + config.prompts - 1) // size + 1)
-    orders = {epoch: random.Random(f"{config.seed}/{epoch}").sample(range(size), size) for epoch in epochs}
-    return [orders[i // size][i % size] for i in range(first, first + config.prompts)]
+BEGINNING = {"epoch": 0, "taken": 0, "solved": [], "dropped": []}  # of the order of problems
+
+
+def next_problems(count: int, size: int, state: dict, seed: int) -> list[int]:
+    """The next `count` of `size` problems: a new order for each pass over the data, and nothing left out at its end.
+
+    Moves `state` on: the pass ("epoch"), how many of its problems are "taken", and which are left out of it ("dropped"), those
+    "solved" by its beginning (SRPO's history resampling; the list stays empty in other runs). If all are, none is."""
+    chosen = []
+    while len(chosen) < count:
+        dropped = set(state["dropped"])
+        order = [i for i in random.Random(f"{seed}/{state['epoch']}").sample(range(size), size) if i not in dropped]
+        part = order[state["taken"]:state["taken"] + count - len(chosen)]
+        chosen += part
+        state["taken"] += len(part)
+        if state["taken"] == len(order):
+            state |= {"epoch": state["epoch"] + 1, "taken": 0, "dropped": state["solved"] if len(state["solved"]) < size else []}
+    return chosen
+
+
+def collect(step: int, compute: Transformer, tokenizer: Tokenizer, problems: list[Problem], state: dict, reward, algorithm: Algorithm,
+            config: Config) -> tuple[list[Group], list[Item]]:
+    """Groups for one step: this process's share of what was sampled, as sampled, and of what is trained on.
+
+    They differ in gold, and with dynamic sampling (DAPO, arXiv 2503.14476, eq. 11): groups all right or all wrong are then
+    left out, and further problems tried, `max_tries` rounds at most; what is still missing, the last of those fill up."""
+    rollouts, kept, spare, places = [], [], [], 0
+    for _ in range(algorithm.max_tries if algorithm.resample == "dynamic" else 1):
+        indices = next_problems(config.prompts - parallel.totals(len(kept))[0], len(problems), state, config.seed)
+        chosen = parallel.share([(places + n, i, problems[i]) for n, i in enumerate(indices)])
+        places += len(indices)
+        # A stream for each place, not for each problem: with few problems one may come twice in a step.
+        sampled = sample(compute, [p.prompt for *_, p in chosen], config.group_size, config.max_new_tokens, temperature=config.temperature,
+                         stop_ids=tokenizer.stop_ids, seed=(config.seed, step), prompt_ids=[place for place, *_ in chosen], max_rows=config.rows or None)
+        outcomes = []
+        for group, (place, i, p) in zip(sampled, chosen):
+            group = grade_group(group, p, tokenizer, reward, config.correct_at)
+            group = replace(group, rewards=group.rewards + overlong_penalty(group.lengths, config.max_new_tokens, algorithm.overlong))
+            rollouts.append(group)
+            outcomes.append((i, bool(group.correct.all())))
+            if p.gold_ids is not None:                                          # the generator draws which rollout gives way
+                group = substitute_gold(group, p.gold_ids, algorithm, prompt_generator((config.seed, step, 1), place, 0), p.gold_reward)
+            item = Item(place, p, group, group_advantages(group.rewards, algorithm.scale))
+            (kept if algorithm.resample != "dynamic" or 0 < group.correct.sum() < len(group.correct) else spare).append(item)
+        if algorithm.resample == "history":
+            for i, right in sorted(pair for part in parallel.gather(outcomes) for pair in part):
+                state["solved"] = sorted({*state["solved"], i} if right else {*state["solved"]} - {i})
+        if parallel.totals(len(kept))[0] == config.prompts:
+            break
+    # Places are numbered anew, over all processes, as what is kept decides which update a group belongs to.
+    order = sorted(place for part in parallel.gather([item.place for item in kept]) for place in part)
+    order += sorted((place for part in parallel.gather([item.place for item in spare]) for place in part), reverse=True)[:config.prompts - len(order)]
+    number = {place: n for n, place in enumerate(order)}
+    return rollouts, [replace(item, place=number[item.place]) for item in [*kept, *spare] if item.place in number]
 
 
 def learning_rate(step: int, config: Config) -> float:
@@ -398,7 +444,7 @@ def rollout_numbers(rollouts: list[Group], items: list[Item]) -> dict[str, list[
 def rollout_metrics(numbers: dict[str, list[float]]) -> dict:
     metrics, right = {"gold/share": mean(numbers["gold"])}, numbers["right"]
     if right:
-        metrics |= {"reward/mean": mean(numbers["reward"]), "reward/correct": mean(right), "groups/all_wrong": mean(r == 0 for r in right),
+        metrics |= {"groups/sampled": len(right), "reward/mean": mean(numbers["reward"]), "reward/correct": mean(right), "groups/all_wrong": mean(r == 0 for r in right),
                     "groups/mixed": mean(0 < r < 1 for r in right), "groups/all_right": mean(r == 1 for r in right),
                     "length/mean": mean(numbers["length"]), "length/truncated": mean(numbers["cut"])}
     return metrics
@@ -459,6 +505,40 @@ def sample_record(step: int, items: list[Item], tokenizer: Tokenizer) -> dict:
     rows = [{"text": tokenizer.decode(ids[:n]), "advantage": a} | {c: v for c, v in zip(columns, values)} for ids, n, a, *values in
             zip(g.responses, g.lengths.tolist(), item.advantages.tolist(), *(getattr(g, c).tolist() for c in columns))]
     return {"step": step, "source": item.problem.source, "question": item.problem.question, "reference": item.problem.answer, "responses": rows}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One group, before one's eyes
+
+def show(config: Config, algorithm: Algorithm, model: Transformer, compute: Transformer, tokenizer: Tokenizer, problems: list[Problem], reward) -> None:
+    """Sample one group, print what the algorithm makes of it, take one step on it, and print what that did. Saves nothing."""
+    config, problems = replace(config, prompts=1), [p for p in problems if p.gold_ids is not None] or problems
+    if algorithm.train_on == "gold":
+        problem = problems[next_problems(1, len(problems), dict(BEGINNING), config.seed)[0]]
+        item = Item(0, problem, gold_group(problem.prompt, problem.gold_ids), torch.ones(1))
+    else:
+        item = collect(0, compute, tokenizer, problems, dict(BEGINNING), reward, algorithm, config)[1][0]
+    group, mask = item.group, item.group.mask
+    item.old_logprobs = before = score(compute, [item], config, config.temperature)[0]
+    item.ref_logprobs = before if algorithm.needs_reference else None       # the model as it starts is its own reference
+    optimizer = adamw(model, config)
+    sums, norm = update(model, compute, optimizer, [item], algorithm, config)
+    after = score(compute, [item], config, config.temperature)[0]
+    row_mean = lambda x: (torch.where(mask, x, 0.0).sum(1) / group.lengths).tolist()
+    ratio = lambda logprobs: row_mean(importance_ratio(logprobs, before, mask, group.is_gold, algorithm)[0])
+
+    print(f"\nquestion   {item.problem.question}\nreference  {item.problem.answer}\nprompt     {len(group.prompt)} tokens, never trained on\n")
+    print(f"{'':18}{'before the step':>44}{'after it':>20}\n{'row':>4}{'':6}{'tokens':>8}{'reward':>9}{'advantage':>11}{'log p/token':>13}{'ratio':>9}{'log p/token':>13}{'ratio':>9}")
+    columns = (group.is_gold.tolist(), group.lengths.tolist(), group.rewards.tolist(), item.advantages.tolist(), row_mean(before), ratio(before), row_mean(after), ratio(after))
+    for row, (gold, length, r, a, p0, r0, p1, r1) in enumerate(zip(*columns)):
+        print(f"{row:4}{'  gold' if gold else '':6}{length:8}{r:9.3g}{a:11.4f}{p0:13.4f}{r0:9.4f}{p1:13.4f}{r1:9.4f}")
+    hint = "log 2 where a model is its own reference" if algorithm.objective == "pairs" else "about 0 where ratios are 1, as advantages add up to 0"
+    print("\nno contrast: every advantage is 0, and there is no step" if norm is None else
+          f"\nloss {sums['loss']:.4f} ({hint}), gradient norm {norm:.3g}, learning rate {config.lr:g}")
+    print("\nresponses, token by token; · is padding, which the mask leaves out, and the end token is not")
+    for row, (ids, kept) in enumerate(zip(group.responses, mask)):
+        words = [json.dumps(tokenizer.tokenizer.decode([int(t)], skip_special_tokens=False), ensure_ascii=False)[1:-1] for t in ids[kept]]
+        print(f"{row:4}{' gold' if group.is_gold[row] else ''}  {'|'.join(words)}{'·' * int((~kept).sum())}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -574,6 +654,8 @@ def parse_flags(argv: list[str] | None = None) -> tuple[Config, Algorithm, dict]
     except ValueError as e:
         name, _, rest = str(e).partition("=")
         raise InputError(f"--{name.replace('_', '-')} {rest.replace('gold_old=one', '--gold-old one')}") from None
+    if algorithm.objective == "pairs":
+        config = replace(config, rows_per_pass=config.group_size)   # a pair's loss needs both its rows, and no other group's
     if config.group_size == 1 and algorithm.train_on == "rollouts":
         raise InputError("--group-size 1: a group of one has no contrast; use 2 or more")
     if config.updates > 1 and algorithm.level == "sequence" and max(algorithm.clip_low, algorithm.clip_high) < BF16_RATIO_NOISE:
@@ -623,13 +705,13 @@ def latest_folder(stem: str) -> str:
     return name
 
 
-HARMLESS = {"out", "resume", "device", "threads", "steps", "shard", "eval_every", "save_every", "keep", "max_bad_steps", "model", "data", "eval_data"}  # the files by their checksums
+HARMLESS = {"out", "resume", "show", "device", "threads", "steps", "shard", "eval_every", "save_every", "keep", "max_bad_steps", "model", "data", "eval_data"}  # the files by their checksums
 
 
 def record_of(config: Config, algorithm: Algorithm, device: torch.device, compute: Transformer) -> dict:
     """What a resumed run must have in common with its beginning."""
     settings = {name: value for name, value in asdict(config).items() if name not in HARMLESS}
-    settings |= {"steps": config.steps} if config.lr_end != 1 else {}   # the learning rate depends on them
+    settings |= {"steps": config.steps} if config.lr_end != 1 or algorithm.sft_share else {}   # the learning rate, or the turn to RL, depends on them
     settings |= {"algorithm": asdict(algorithm), "device": device.type, "dtype": str(compute.norm.weight.dtype)}
     settings |= {"data": sha256(config.data), "eval_data": sha256(config.eval_data) if config.eval_data else None}
     return settings | {"model": {os.path.basename(path): os.path.getsize(path) for path in weight_files(config.model)}}
@@ -665,7 +747,7 @@ def cut_log(path: str, step: int) -> None:
 def as_command(config: Config, given: dict) -> str:
     """The run as one command, whatever chose its settings."""
     settings = {f.name: getattr(config, f.name) for f in fields(Config)
-                if f.name not in ("out", "resume") and (getattr(config, f.name) != f.default or f.name == "algo")}  # run again, it finds a folder of its own
+                if f.name not in ("out", "resume", "show") and (getattr(config, f.name) != f.default or f.name == "algo")}  # run again, it finds a folder of its own
     settings |= {k: v for k, v in given.items() if k not in asdict(config)}
     words = ["python", "train.py"]
     for name, value in settings.items():
@@ -697,7 +779,7 @@ def read_all(config: Config, algorithm: Algorithm, device: torch.device):
     tokenizer = load_tokenizer(config.model, config.answer_format, config.instruction)
     complaints = prepare(problems, tokenizer, **limits)
     prepare(held_out, tokenizer, **limits)
-    if algorithm.train_on == "gold" and not any(p.gold_ids is not None for p in problems):
+    if (algorithm.train_on == "gold" or algorithm.sft_share) and not any(p.gold_ids is not None for p in problems):
         raise InputError(f"--algo {config.algo} trains on gold, and {config.data} has none that can be used" + (f" ({complaints[0]})" if complaints else ""))
     shard = (lambda model: parallel.shard(model, device, pick_dtype(config.dtype, device))) if config.shard else None
     return reward, problems, held_out, complaints, tokenizer, load_model(config.model, device, shard=shard)
@@ -745,7 +827,9 @@ def main():
     toy = config.model is None
     folder = os.path.abspath(config.model or "toy")
     name = os.path.basename(os.path.dirname(folder) if os.path.basename(folder) == "model" else folder)  # runs/NAME/model is NAME
-    stem = os.path.join("runs", f"{name}-{algorithm.name}")
+    if config.show and (config.resume or config.out or parallel.world() > 1):
+        raise InputError("--show: one process, and nothing is saved; leave out --out and --resume")
+    stem = os.path.join("runs", f"{name}-{algorithm.name}") if not config.show else os.path.join(tempfile.gettempdir(), f"gcpo-{os.getpid()}")
     out = config.out or (latest_folder(stem) if config.resume else fresh_folder(stem))
     config = replace(config, out=parallel.gather(out)[0])
     if config.resume and not os.path.isfile(os.path.join(config.out, "run.json")):
@@ -764,6 +848,9 @@ def main():
         raise
     compute = compute_copy(model, pick_dtype(config.dtype, device))
     compute.gradient_checkpointing = model.gradient_checkpointing = config.gradient_checkpointing
+    if config.show:
+        shutil.rmtree(config.out, ignore_errors=True)       # the toy's files
+        return show(config, algorithm, model, compute, tokenizer, problems, reward)
     with_gold = sum(p.gold_ids is not None for p in problems)
     if first and not with_gold and algorithm.gold_when != "never":
         why = f"none of its golds can be used, see the notes; first: {complaints[0]}" if complaints else "--answer-only-gold makes gold of bare answers"

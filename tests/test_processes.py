@@ -68,8 +68,8 @@ def test_n_processes_take_the_step_of_one(toy_folder, contrast, optimizer, shard
     """Forbids denominators of a process's own, gradients averaged where they should be summed, and processes that wait
     for each other for ever: five groups over one, two and three processes, also where some or all have nothing to do, with
     whole weights in each process or a shard of them."""
-    results = {}
-    for world in (1, 2, 3):
+    results, worlds = {}, (1, 2, 3) if len(contrast) == 5 and optimizer == "sgd" else (1, 3) if shard else (1, 2)
+    for world in worlds:
         port = free_port()
         workers = [start.Process(target=worker, args=(rank, world, port, toy_folder, contrast, optimizer, shard)) for rank in range(world)]
         [w.start() for w in workers]
@@ -78,7 +78,7 @@ def test_n_processes_take_the_step_of_one(toy_folder, contrast, optimizer, shard
         results[world] = torch.load(os.path.join(toy_folder, f"{world}.pt"), weights_only=True)
     weights, norms = results[1]
     assert (norms == [None] * 3) == (contrast == ())
-    for world in (2, 3):
+    for world in worlds[1:]:
         assert norms == pytest.approx(results[world][1], rel=1e-5) if contrast else results[world][1] == norms
         if optimizer == "sgd":
             assert (results[world][0] - weights).norm() <= 1e-6 * weights.norm()

@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file
 
 import train
-from data import grade, load_tokenizer, prepare, read_problems
+from data import Problem, grade, load_tokenizer, prepare, read_problems
 from gcpo import ALGORITHMS, Group
 from model import InputError, exit_cleanly, load_model, save_model, token_logprobs
-from train import TOY, Config, Item, batch_indices, build_toy, compute_copy, learning_rate, refresh, rollout_metrics, rollout_numbers, update_metrics
+from train import TOY, BEGINNING, Config, Item, build_toy, collect, compute_copy, learning_rate, next_problems, refresh, rollout_metrics, rollout_numbers, update_metrics
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SHORT = ["--steps", "2", "--prompts", "4", "--eval-limit", "8", "--max-new-tokens", "24"]
@@ -156,10 +156,113 @@ def test_every_problem_is_trained_on_once_a_pass():
     """Forbids remainder problems dropped or repeated (22), and an order that is the same in every pass: five passes over
     7 problems in steps of 4 or of 20."""
     for prompts in (4, 20):
-        config = Config(prompts=prompts)
-        stream = [i for step in range(-(-35 // prompts)) for i in batch_indices(7, step, config)][:35]
+        state = dict(BEGINNING)
+        stream = [i for _ in range(-(-35 // prompts)) for i in next_problems(prompts, 7, state, 0)][:35]
         passes = [stream[i:i + 7] for i in range(0, 35, 7)]
         assert all(sorted(p) == list(range(7)) for p in passes) and len({tuple(p) for p in passes}) > 1
+
+
+def test_history_resampling_drops_what_was_solved():
+    """Forbids problems dropped in the middle of a pass, or that come back; from a state that went through JSON. And where
+    all are solved, the data begins again rather than end."""
+    state = dict(BEGINNING)
+    assert sorted(next_problems(7, 7, state, 0)) == list(range(7))
+    state["solved"] = [1, 4]                                                # found out after the pass had ended: they come once more
+    assert sorted(next_problems(7, 7, state, 0)) == list(range(7))
+    state = json.loads(json.dumps(state))
+    for _ in range(3):
+        assert sorted(next_problems(5, 7, state, 0)) == [0, 2, 3, 5, 6]
+    state |= {"solved": list(range(7)), "taken": 4}
+    next_problems(1, 7, state, 0)
+    assert sorted(next_problems(7, 7, state, 0)) == list(range(7))
+
+
+def rigged(monkeypatch, toy, right_of, algo, prompts=4, problems=12, **changes):
+    """`collect` over made-up problems 0, 1, 2 …, of whose four rollouts right_of(index) are correct."""
+    def fake_sample(model, prompts, group_size, max_new_tokens, **_):
+        no = torch.zeros(group_size, dtype=torch.bool)
+        return [Group(p, torch.ones(group_size, 5, dtype=torch.long), torch.arange(2, 2 + group_size), ~no, torch.zeros(group_size, 5), no,
+                      torch.zeros(group_size), no) for p in prompts]
+
+    def fake_grade(group, problem, *_):
+        correct = torch.arange(len(group.lengths)) < right_of(int(problem.prompt))
+        return replace(group, correct=correct, rewards=correct.float())
+    monkeypatch.setattr(train, "sample", fake_sample)
+    monkeypatch.setattr(train, "grade_group", fake_grade)
+    made = [Problem("Q?", "1", prompt=torch.tensor([i]), gold_ids=torch.tensor([7, 0])) for i in range(problems)]
+    state, config = dict(BEGINNING), Config(prompts=prompts, group_size=4, max_new_tokens=10)
+    run = lambda step=0: collect(step, None, load_tokenizer(os.path.join(toy["model"])), made, state, None, replace(ALGORITHMS[algo], **changes), config)
+    return run, state
+
+
+def test_dynamic_sampling(monkeypatch, toy):
+    """Forbids groups without contrast that stay while others wait, more rounds than max_tries, and a batch of another size:
+    problems 0, 3, 6, 9 of twelve have right and wrong rollouts; three rounds of four, then of what is missing, find some."""
+    run, state = rigged(monkeypatch, toy, lambda i: (2, 0, 4)[i % 3], "dapo")
+    rollouts, items = run()
+    mixed = [0 < i.group.correct.sum() < 4 for i in items]
+    order = next_problems(12, 12, dict(BEGINNING), 0)                       # what it went through
+    assert len(items) == 4 and sorted(i.place for i in items) == [0, 1, 2, 3] and sum(mixed) == sum(i % 3 == 0 for i in order[:len(rollouts)])
+    assert mixed == sorted(mixed, reverse=True) and 4 < len(rollouts) <= 12 and state["taken"] == len(rollouts) % 12
+    run, _ = rigged(monkeypatch, toy, lambda i: 0, "dapo")
+    rollouts, items = run()
+    assert len(rollouts) == 12 and len(items) == 4 and not any(i.group.correct.any() for i in items)
+    run, _ = rigged(monkeypatch, toy, lambda i: 0, "gcpo", resample="dynamic")     # gold makes contrast, so one round is enough
+    rollouts, items = run()
+    assert len(rollouts) == 4 and all(i.group.is_gold.any() and i.has_contrast for i in items)
+    assert not any(g.is_gold.any() or g.correct.any() for g in rollouts)            # what is reported is what was sampled
+
+
+def test_history_is_kept_while_sampling(monkeypatch, toy):
+    """Forbids a list of solved problems that never shrinks, or that other algorithms keep too."""
+    solved = {2, 3, 5}
+    run, state = rigged(monkeypatch, toy, lambda i: 4 if i in solved else 1, "srpo", prompts=12)
+    run()
+    assert state["solved"] == [2, 3, 5] and state["dropped"] == []
+    solved.remove(3)
+    run()
+    assert state["solved"] == [2, 5]
+    run, state = rigged(monkeypatch, toy, lambda i: 4, "grpo", prompts=12)
+    run()
+    assert state["solved"] == []
+
+
+def test_overlong_rollouts_lose_reward_and_stay_correct(monkeypatch, toy):
+    """Forbids a penalty that decides what is correct, or that falls on gold: lengths 2, 3, 4, 5 of 10, over the last 0.7."""
+    run, _ = rigged(monkeypatch, toy, lambda i: 0, "gcpo", overlong=0.7)
+    rollouts, items = run()
+    assert rollouts[0].rewards.tolist() == pytest.approx([0, 0, -1 / 7, -2 / 7])
+    assert [r for r, gold in zip(items[0].group.rewards.tolist(), items[0].group.is_gold) if gold] == [1.0]
+
+
+def test_sft_then_rl(toy, tmp_path):
+    """Forbids a phase that does not end: the first half trains on gold alone and samples nothing, the second samples."""
+    rows = metrics_of(on_toy(toy, tmp_path / "run", "--algo", "sft_gcpo", "--steps", "4"))
+    assert ["reward/mean" in r for r in rows[1:]] == [False, False, True, True] and [r["gold/share"] for r in rows[1:]] == [1.0] * 4
+
+
+@pytest.mark.parametrize("flags", [[], ["--algo", "sft"], ["--algo", "dpo"], ["--algo", "grpo"], ["--algo", "luffy", "--dtype", "bfloat16"]])
+def test_show(tmp_path, monkeypatch, capsys, flags):
+    """Forbids a picture of something else than the algorithm: gold in its row, its advantage, mask and probability before
+    and after one step; and a run that is saved though only shown."""
+    monkeypatch.chdir(tmp_path)
+    argv = sys.argv
+    try:
+        sys.argv = ["train.py", "--show", *flags]
+        train.main()
+    finally:
+        sys.argv = argv
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line.split() for line in lines if line[:4].strip().isdigit()]
+    head = [r for r in rows if len(r) >= 8 and r[-1].replace(".", "").isdigit()]
+    gold = [r for r in head if "gold" in r]
+    assert len(head) == (1 if "sft" in flags else 4) and os.listdir(tmp_path) == []
+    if "grpo" in flags:
+        assert not gold and any("no contrast" in line for line in lines)
+    else:
+        (index, _, _, reward, advantage, before, ratio, after, _), = gold
+        assert float(reward) == 1 and float(advantage) > 0 and float(after) > float(before)
+        assert any("<end>" in line and "####" in line for line in lines)
 
 
 def test_learning_rate_warms_up_and_falls():
@@ -198,7 +301,7 @@ def test_rollout_metrics_of_hand_made_groups():
     rollouts = [group([False, False]), group([True, False]), group([True, True]), group([False, False])]
     items = [Item(0, None, g, torch.zeros(2)) for g in (group([True, False], gold=True), *rollouts[1:])]
     assert rollout_metrics(rollout_numbers(rollouts, items)) == {
-        "gold/share": 0.25, "reward/mean": 0.375, "reward/correct": 0.375, "groups/all_wrong": 0.5, "groups/mixed": 0.25, "groups/all_right": 0.25,
+        "gold/share": 0.25, "groups/sampled": 4, "reward/mean": 0.375, "reward/correct": 0.375, "groups/all_wrong": 0.5, "groups/mixed": 0.25, "groups/all_right": 0.25,
         "length/mean": 3.0, "length/truncated": 0.5}
     sums = Counter(loss=0.5, policy_tokens=10, policy_ratio=11, policy_clipped=2, gold_tokens=4, gold_logprob=-8, gold_ratio=5, gold_clipped=1, mismatch=1)
     metrics = update_metrics(sums, [2.0, None])
@@ -257,15 +360,14 @@ def test_exit_status_is_2_without_traceback(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
-def test_a_stopped_run_keeps_its_model(tmp_path, sent):
+def test_a_stopped_run_keeps_its_model(tmp_path):
     """Forbids hours lost to Ctrl-C: the model as it was is saved, the log is whole, and one line says where."""
     out = tmp_path / "run"
     process = subprocess.Popen([sys.executable, os.path.join(ROOT, "train.py"), "--out", str(out), "--eval-every", "0"], stdout=subprocess.DEVNULL,
                                stderr=subprocess.PIPE, text=True)
     while process.poll() is None and not (out / "metrics.jsonl").exists() or len((out / "metrics.jsonl").read_text().splitlines()) < 3:
         time.sleep(0.1)
-    process.send_signal(sent)
+    process.send_signal(signal.SIGINT)
     errors = process.communicate(timeout=60)[1]
     steps = metrics_of(out)[-1]["step"]
     model = out / "checkpoints" / f"step-{steps:06d}" / "model"

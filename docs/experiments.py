@@ -1,0 +1,297 @@
+"""The experiments of docs/results.md, on the toy: python docs/experiments.py toy|ablations|regimes|golds|real [--jobs 2] [--seeds 3]
+
+Each arm is one train.py command in a process of its own, with one thread, `--jobs` of them at a time. What has finished is
+not run again and what was cut off goes on (--resume), so the same command may be given as often as one likes. Prints a table
+in Markdown when all is there, and leaves thinned logs in docs/runs/EXPERIMENT, from which `plot.py` draws. `real` only makes the table of
+what docs/run_real.sh has run.
+"""
+import argparse
+import concurrent.futures
+import json
+import os
+import random
+import re
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+from data import load_tokenizer, prepare, read_problems  # noqa: E402
+from gcpo import ALGORITHMS  # noqa: E402
+from model import load_model  # noqa: E402
+from sampler import evaluate  # noqa: E402
+from train import TOY_NAMES, build_toy, toy_problem  # noqa: E402
+
+KEPT = ("eval/mean", "eval/mean_se", "reward/correct", "gold/share", "gold/logprob", "length/mean", "policy/entropy", "update/grad_norm",
+        "policy/clip_fraction", "update/skipped", "groups/all_wrong", "groups/mixed", "groups/all_right", "groups/sampled")
+BLOCK = 5  # steps that a thinned log averages
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Running
+
+def finish(out, flags):
+    """One run, from wherever it is. Returns its log's rows."""
+    if not os.path.isfile(os.path.join(out, "model", "config.json")):
+        if not os.path.isfile(os.path.join(out, "run.json")):
+            shutil.rmtree(out, ignore_errors=True)  # cut off before there was anything to go on with
+        command = [sys.executable, os.path.join(ROOT, "train.py"), "--threads", "1", "--save-every", "0", "--out", out, *flags]
+        done = subprocess.run(command + ["--resume"] * os.path.isdir(out), capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(f"{shlex.join(command)}\n{done.stderr[-2000:]}")
+        print(f"  {os.path.basename(out)}", file=sys.stderr, flush=True)
+        shutil.rmtree(os.path.join(out, "checkpoints"), ignore_errors=True)
+    with open(os.path.join(out, "metrics.jsonl")) as f:
+        return [json.loads(line) for line in f]
+
+
+def run_all(name, arms, args):
+    """{arm: [rows of each seed]}, and the folders of the runs."""
+    folder = lambda arm, seed: os.path.join(args.work, name, f"{arm}-seed{seed}")
+    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
+        runs = {arm: [pool.submit(finish, folder(arm, seed), [*flags, "--seed", str(seed)]) for seed in range(args.seeds)] for arm, flags in arms.items()}
+        runs = {arm: [run.result() for run in of_seeds] for arm, of_seeds in runs.items()}
+    for arm, of_seeds in runs.items():
+        for seed, rows in enumerate(of_seeds):
+            thin(rows, os.path.join(ROOT, "docs", "runs", name, f"{arm}-seed{seed}"))
+    return runs, {arm: [folder(arm, seed) for seed in range(args.seeds)] for arm in arms}
+
+
+def thin(rows, folder):
+    """Leave a log of block means, small enough for the repository; evaluations stay as they are."""
+    os.makedirs(folder, exist_ok=True)
+    seconds, blocks = 0.0, []
+    for row in rows:
+        seconds += row.get("time/sample", 0) + row.get("time/update", 0)
+        if row["step"] <= 0 or (row["step"] - 1) % BLOCK == 0:
+            blocks.append([])
+        blocks[-1].append({**row, "time/elapsed": seconds})
+    with open(os.path.join(folder, "metrics.jsonl"), "w") as f:
+        for block in blocks:
+            record = {"step": block[-1]["step"], "time/elapsed": round(block[-1]["time/elapsed"], 2)}
+            for key in KEPT:
+                if values := [r[key] for r in block if r.get(key) is not None]:
+                    record[key] = float(f"{values[-1] if key.startswith('eval/') else statistics.mean(values):.4g}")
+            f.write(json.dumps(record) + "\n")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Numbers of a run
+
+def accuracy(rows):
+    return next(r["eval/mean"] for r in reversed(rows) if r.get("eval/mean") is not None)
+
+
+def seconds(rows):
+    return sum(r.get("time/sample", 0) + r.get("time/update", 0) for r in rows)
+
+
+def first_at(rows, level):
+    """First step at which held-out accuracy was `level` or more; None: never."""
+    return next((r["step"] for r in rows if (r.get("eval/mean") or 0) >= level), None)
+
+
+def spread(values, form="{:.0%}"):
+    """mean ± standard deviation over seeds."""
+    text = form.format(statistics.mean(values))
+    return text + (" ± " + form.format(statistics.stdev(values)) if len(values) > 1 else "")
+
+
+def steps_to(runs, level):
+    found = [first_at(rows, level) for rows in runs]
+    return ", ".join("–" if step is None else str(step) for step in found)
+
+
+def table(head, rows):
+    print("| " + " | ".join(head) + " |\n|" + "---|" * len(head))
+    for row in rows:
+        print("| " + " | ".join(row) + " |")
+
+
+def command(flags):
+    return "`" + (shlex.join(["train.py", *flags])) + "`"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The experiments
+
+def toy(args):
+    """Every preset from the same random weights."""
+    arms = {name: ["--algo", name] for name in ALGORITHMS}
+    runs, _ = run_all("toy", arms, args)
+    table(["preset", "held-out accuracy", "at step 100", "90 % at step (each seed)", "seconds", "rollouts sampled"],
+          [[f"`{name}`", spread([accuracy(r) for r in of]), spread([next(x["eval/mean"] for x in r if x["step"] == 100) for r in of]), steps_to(of, 0.9),
+            spread([seconds(r) for r in of], "{:.0f}"), spread([4 * sum(x.get("groups/sampled", 0) for x in r) for r in of], "{:,.0f}")] for name, of in runs.items()])
+
+
+ABLATIONS = {  # one switch changed in the toy's gcpo, which takes four updates per batch
+    "gcpo": [], "gold_when=always": ["--gold-when", "always"], "gold_when=never": ["--gold-when", "never"],
+    "gold_slot=longest": ["--gold-slot", "longest"], "gold_slot=first": ["--gold-slot", "first"], "gold_old=one": ["--gold-old", "one"],
+    "gold_old=one, gold_shape=ratio": ["--gold-old", "one", "--gold-shape", "ratio"], "gold_clip=4e-4": ["--gold-clip", "4e-4"], "gold_clip=none": ["--gold-clip", "none"],
+    "level=token, clips 0.2": ["--level", "token", "--clip-low", "0.2", "--clip-high", "0.2"], "level=token, clips of gcpo": ["--level", "token"],
+    "clips 0.2": ["--clip-low", "0.2", "--clip-high", "0.2"], "aggregation=token_mean": ["--aggregation", "token_mean"],
+    "aggregation=fixed_length": ["--aggregation", "fixed_length"], "scale=none": ["--scale", "none"],
+    "G = 8, 16 problems": ["--group-size", "8", "--prompts", "16"], "G = 16, 8 problems": ["--group-size", "16", "--prompts", "8"],
+    "one update": ["--updates", "1"], "one update, lr × 2": ["--updates", "1", "--lr", "5e-3"],
+    "one update, level=token, clips 0.2": ["--updates", "1", "--level", "token", "--clip-low", "0.2", "--clip-high", "0.2"],
+}
+
+
+def ablations(args):
+    names = {re.sub(r"[^A-Za-z0-9.]+", "-", label.replace("×", "x")).strip("-"): (label, flags) for label, flags in ABLATIONS.items()}
+    runs, _ = run_all("ablations", {name: flags for name, (_, flags) in names.items()}, args)
+    table(["changed", "flags", "held-out accuracy", "at step 100", "50 % at step", "90 % at step", "rollouts clipped", "seconds"],
+          [[names[name][0], f"`{shlex.join(names[name][1])}`" if names[name][1] else "", spread([accuracy(r) for r in of]), spread([next(x["eval/mean"] for x in r if x["step"] == 100) for r in of]),
+            steps_to(of, 0.5), steps_to(of, 0.9), spread([statistics.mean(x["policy/clip_fraction"] for x in r if x.get("policy/clip_fraction") is not None) for r in of]),
+            spread([seconds(r) for r in of], "{:.0f}")] for name, of in runs.items()])
+
+
+def wordy(record):
+    """The same problem with a gold in another style: each step says again what it does."""
+    first, rest = re.search(r"starts with (\d)", record["question"])[1], record["answer"].split("\n####")[0].split("; ")
+    gold = f"It starts with {first}. " + "".join(f"Each next digit adds {step[2]}, {step}. " for step in rest)
+    return {**record, "answer": f"{gold.strip()}\n####{record['answer'].split('####')[1]}"}
+
+
+def write(path, records):
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path, "w") as f:
+        f.writelines(json.dumps(r) + "\n" for r in records)
+    return path
+
+
+def locks(digits, count, rng):
+    """Different locks of so many digits, each under some name."""
+    found = {}
+    while len(found) < count:
+        found[tuple(rng.randint(1, 9) for _ in range(digits))] = rng.choice(TOY_NAMES)
+    return [toy_problem(name, lock) for lock, name in found.items()]
+
+
+EASY, HARD, HELD_OUT = 3, 4, 200  # digits of a code; held-out problems of each kind
+REGIME = ["--instruction", "", "--dtype", "float32", "--group-size", "8", "--prompts", "16", "--max-new-tokens", "64", "--updates", "2", "--lr", "1e-3", "--lr-end", "0.1",
+          "--warmup", "5", "--steps", "150", "--rows-per-pass", "128", "--eval-every", "0", "--eval-limit", "0"]
+
+
+def regime_files(folder):
+    """A toy model that was trained a little on easy problems only, and files of few problems, half of them hard. Written once."""
+    if not os.path.isdir(os.path.join(folder, "base")):
+        shutil.rmtree(folder, ignore_errors=True)
+        files, rng = build_toy(os.path.join(folder, "toy"), 0), random.Random(1)
+        easy, hard = locks(EASY, 500, rng), locks(HARD, 500 + HELD_OUT, rng)       # of 729 easy locks and 6,561 hard ones
+        rest = [r for r in locks(EASY, 700, rng) if r["question"].split("lock.")[1] not in {e["question"].split("lock.")[1] for e in easy}]
+        write(os.path.join(folder, "warm.jsonl"), easy)
+        write(os.path.join(folder, "easy.jsonl"), rest[:HELD_OUT])
+        write(os.path.join(folder, "hard.jsonl"), hard[:HELD_OUT])
+        for n in (100, 300, 1000):
+            records = [r for pair in zip(easy, hard[HELD_OUT:]) for r in pair][:n]
+            write(os.path.join(folder, f"near-{n}.jsonl"), records)
+            write(os.path.join(folder, f"far-{n}.jsonl"), map(wordy, records))
+        finish(os.path.join(folder, "warm"), ["--algo", "sft", "--model", files["model"], "--data", os.path.join(folder, "warm.jsonl"), *REGIME, "--steps", "100", "--prompts", "32"])
+        os.rename(os.path.join(folder, "warm", "model"), os.path.join(folder, "base"))
+    return folder
+
+
+def measured(model, files, cache=None):
+    """Greedy accuracy on each file, and the mean response length over all."""
+    if cache and os.path.exists(cache):
+        with open(cache) as f:
+            return json.load(f)
+    tokenizer, network, found = load_tokenizer(model, instruction=""), load_model(model), {}
+    for name, path in files.items():
+        problems = read_problems(path)
+        prepare(problems, tokenizer, 64, network.config.max_position_embeddings)
+        metrics = evaluate(network, problems, tokenizer, 1, 64, temperature=0.0)[0]
+        found |= {name: metrics["mean"], f"{name} tokens": metrics["tokens"]}
+    if cache:
+        with open(cache, "w") as f:
+            json.dump(found, f)
+    return found
+
+
+def regimes(args):
+    """Where gold pays: a model that solves easy problems often and hard ones never; few problems; gold near its own style and far."""
+    at = regime_files(os.path.join(args.work, "regime"))
+    held_out = {kind: os.path.join(at, f"{kind}.jsonl") for kind in ("easy", "hard")}
+    base = measured(os.path.join(at, "base"), held_out)
+    arms = {"GRPO": ["--algo", "grpo"], "SFT": ["--algo", "sft"], "SFT-GRPO": ["--algo", "grpo", "--sft-share", "0.5"], "GCPO": ["--algo", "gcpo"]}
+    flags = {f"{style}-{n}-{arm}": [*more, "--model", os.path.join(at, "base"), "--data", os.path.join(at, f"{style}-{n}.jsonl"), *REGIME]
+             for style in ("near", "far") for n in (100, 300, 1000) for arm, more in arms.items()}
+    runs, folders = run_all("regimes", flags, args)
+    print(f"start model: easy {base['easy']:.0%}, hard {base['hard']:.0%}\n")
+    rows = []
+    for name, of in runs.items():
+        style, n, arm = name.split("-", 2)
+        found = [measured(os.path.join(f, "model"), held_out, os.path.join(f, "measured.json")) for f in folders[name]]
+        rows.append([style, n, arm, spread([x["easy"] for x in found]), spread([x["hard"] for x in found]), spread([x["easy tokens"] for x in found], "{:.0f}"),
+                     spread([seconds(r) for r in of], "{:.0f}")])
+    table(["gold's style", "problems", "arm", "easy", "hard", "tokens (easy)", "seconds"], rows)
+
+
+def golds(args):
+    """Whose gold: the data set's, or that of a model which learned the task, each in two styles; from the same random weights."""
+    at = os.path.join(args.work, "golds-data")
+    files = {"near": os.path.join(at, "toy", "train.jsonl"), "far": os.path.join(at, "far.jsonl")}
+    if not os.path.exists(files["far"]):
+        shutil.rmtree(at, ignore_errors=True)
+        build_toy(os.path.join(at, "toy"), 0)
+        with open(files["near"]) as f:
+            write(files["far"], [wordy(json.loads(line)) for line in f])
+    common = ["--model", os.path.join(at, "toy", "model"), "--eval-data", os.path.join(at, "toy", "held_out.jsonl"), "--instruction", "", "--dtype", "float32", "--steps", "240",
+              "--prompts", "32", "--group-size", "4", "--max-new-tokens", "48", "--updates", "4", "--lr", "2.5e-3", "--lr-end", "0.05", "--warmup", "10", "--eval-every", "25",
+              "--eval-limit", "0", "--rows-per-pass", "64"]
+    for style in ("near", "far"):
+        teacher, written = os.path.join(at, f"teacher-{style}"), os.path.join(at, f"by-model-{style}.jsonl")
+        if not os.path.exists(written):     # the teacher learned from half the problems, and writes for all
+            with open(files[style]) as f:
+                write(os.path.join(at, f"half-{style}.jsonl"), list(map(json.loads, f))[:2000])
+            finish(teacher, ["--algo", "sft", "--data", os.path.join(at, f"half-{style}.jsonl"), *common])
+            subprocess.run([sys.executable, os.path.join(ROOT, "sampler.py"), "--model", os.path.join(teacher, "model"), "--data", files[style], "--samples", "4", "--max-new-tokens", "48",
+                            "--instruction", "", "--dtype", "float32", "--keep-correct", written], check=True, capture_output=True)
+        files[f"model-{style}"] = written
+    runs, _ = run_all("golds", {f"{algo}-{name}": ["--algo", algo, "--data", path, *common] for algo in ("gcpo", "sft") for name, path in files.items()}, args)
+    table(["arm, gold", "held-out accuracy", "50 % at step", "90 % at step", "tokens at the end", "problems with gold"],
+          [[name, spread([accuracy(r) for r in of]), steps_to(of, 0.5), steps_to(of, 0.9),
+            spread([next(x["eval/tokens"] for x in reversed(r) if "eval/tokens" in x) for r in of], "{:.0f}"), f"{sum(1 for _ in open(files[name.split('-', 1)[1]])):,}"] for name, of in runs.items()])
+
+
+def real(args):
+    """The table of what docs/run_real.sh has left in --work: one row per model, mean@k ± standard error on each set."""
+    found = {}
+    for file in sorted(os.listdir(args.work)):
+        if match := re.fullmatch(r"(.+)--(.+)\.txt", file):
+            with open(os.path.join(args.work, file)) as f:
+                text = f.read()
+            number = lambda pattern: float(re.search(pattern, text)[1])
+            found.setdefault(match[1], {})[match[2]] = [number(r"mean@\d+ +([\d.]+)"), number(r"± ([\d.]+)"), max(map(float, re.findall(r"pass@\d+ +([\d.]+)", text))), 1 - number(r"no answer ([\d.]+)")]
+    sets = sorted({name for of in found.values() for name in of})
+    table(["model", *(f"{name}: mean ± s.e." for name in sets), *(f"{name}: pass@k" for name in sets), *(f"{name}: names an answer" for name in sets)],
+          [[arm, *(f"{of[s][0]:.1%} ± {of[s][1]:.1%}" if s in of else "" for s in sets), *(f"{of[s][2]:.1%}" if s in of else "" for s in sets),
+            *(f"{of[s][3]:.0%}" if s in of else "" for s in sets)] for arm, of in found.items()])
+    print()
+    rows = []
+    for arm in sorted(os.listdir(args.work)):
+        if os.path.isfile(os.path.join(args.work, arm, "metrics.jsonl")):
+            with open(os.path.join(args.work, arm, "metrics.jsonl")) as f:
+                log = [json.loads(line) for line in f]
+            thin(log, os.path.join(ROOT, "docs", "runs", "real", arm))
+            part = [r for r in log if "groups/all_wrong" in r] or [{}]
+            at = lambda rows, key: f"{statistics.mean(r[key] for r in rows):.0%}" if key in rows[0] else ""
+            third = max(1, len(part) // 3)
+            evaluated = [r for r in log if r.get("eval/gold_logprob") is not None]
+            rows.append([arm, str(log[-1]["step"]), f"{seconds(log) / 60:.0f}", at(part[:third], "groups/all_wrong"), at(part[-third:], "groups/all_wrong"), at(part[-third:], "gold/share"),
+                         f"{evaluated[0]['eval/gold_logprob']:.2f} → {evaluated[-1]['eval/gold_logprob']:.2f}" if evaluated else "", at(log[-1:], "update/bf16_changed")])
+    table(["arm", "steps", "minutes", "groups all wrong, first third", "last third", "given gold, last third", "held-out gold, log p per token", "weights changed in bf16"], rows)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("what", choices=("toy", "ablations", "regimes", "golds", "real"))
+    parser.add_argument("--jobs", type=int, default=2, help="runs side by side, each with one thread")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--work", default=os.path.join(ROOT, "runs", "experiments"), help="where the runs lie")
+    arguments = parser.parse_args()
+    globals()[arguments.what](arguments)

@@ -1,0 +1,43 @@
+#!/usr/bin/env bash
+# Every arm on a real model, from the same weights, and the table: docs/run_real.sh MODEL TRAIN.jsonl HELD_OUT.jsonl [MORE.jsonl …]
+#
+# What is finished is skipped and what was cut off goes on, so it may be stopped and started at will. By environment:
+#   ARMS      arms to run, "preset" or "preset:its steps"  (sft grpo dapo gspo srpo luffy dpo gcpo sft_gcpo)
+#   STEPS     steps of an arm that names none              (200)
+#   SEEDS     "0 1"                                        (0)
+#   FLAGS     of every training run                        (--prompts 16 --group-size 8 --max-new-tokens 512)
+#   EVAL      of every evaluation                          (--samples 4 --max-new-tokens 512)
+#   WORK      where all of it lies                         (runs/real)
+#   PYTHON    the interpreter                              (.venv/bin/python)
+set -euo pipefail
+cd "$(dirname "$0")/.."
+[ $# -ge 3 ] || { sed -n 2,12p "$0"; exit 2; }
+model=$1 train=$2 held_out=$3 sets=("${@:3}")
+python=${PYTHON:-.venv/bin/python} work=${WORK:-runs/real}
+mkdir -p "$work"
+
+evaluate() {    # evaluate NAME MODEL_FOLDER: on every set, each result a file that is there once it is whole
+  for set in "${sets[@]}"; do
+    result="$work/$1--$(basename "${set%.jsonl}").txt"
+    [ -s "$result" ] && continue
+    # shellcheck disable=SC2086
+    $python sampler.py --model "$2" --data "$set" ${EVAL:---samples 4 --max-new-tokens 512} > "$result.writing"
+    mv "$result.writing" "$result"
+  done
+}
+
+evaluate base "$model"
+for seed in ${SEEDS:-0}; do
+  for arm in ${ARMS:-sft grpo dapo gspo srpo luffy dpo gcpo sft_gcpo}; do
+    algo=${arm%%:*} steps=${STEPS:-200} out="$work/${arm%%:*}-seed$seed"
+    [ "$algo" = "$arm" ] || steps=${arm##*:}
+    if [ ! -f "$out/model/config.json" ]; then
+      resume=; if [ -f "$out/run.json" ]; then resume=--resume; else rm -rf "$out"; fi
+      # shellcheck disable=SC2086
+      $python train.py --model "$model" --data "$train" --eval-data "$held_out" --algo "$algo" --seed "$seed" --steps "$steps" --out "$out" $resume \
+        ${FLAGS:---prompts 16 --group-size 8 --max-new-tokens 512}
+    fi
+    evaluate "$algo-seed$seed" "$out/model"
+  done
+done
+$python docs/experiments.py real --work "$work"
