@@ -138,3 +138,30 @@ def load_checkpoint(path: str, model: Transformer, optimizer: torch.optim.Optimi
             fill(moment, tensor)
             optimizer.state[p][key] = moment
     return read_json(os.path.join(path, "state.json"))
+
+
+def refuse_changes(out: str, settings: dict) -> None:
+    """Raises InputError at the first setting that is not as in OUT/run.json."""
+    was = read_json(os.path.join(out, "run.json")).get("settings", {})
+    for name, new in settings.items():
+        old = was.get(name)
+        if name == "algorithm" and isinstance(old, dict) and old != new:
+            name = next(key for key in new if new[key] != old.get(key))
+            old, new = old.get(name), settings["algorithm"][name]
+        if old != new:
+            raise InputError(f"--resume: {name.replace('_', '-')} was {old!r} when {out} began, and is {new!r} now; use what it was, or begin a new run")
+
+
+def cut_log(path: str, step: int) -> None:
+    """Leave the whole lines of steps up to `step`: later ones will be written again."""
+    kept = []
+    with open(path, "rb") as f:
+        for line in f:
+            try:
+                if line.endswith(b"\n") and json.loads(line)["step"] <= step:
+                    kept.append(line)
+            except (ValueError, KeyError, TypeError):
+                pass
+    with open(path + ".writing", "wb") as f:
+        f.writelines(kept)
+    os.replace(path + ".writing", path)

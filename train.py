@@ -32,7 +32,7 @@ import torch
 from tqdm import tqdm
 
 import parallel
-from checkpoint import hold, load_checkpoint, newest_checkpoint, save_checkpoint, sha256
+from checkpoint import cut_log, hold, load_checkpoint, newest_checkpoint, refuse_changes, save_checkpoint, sha256
 from data import Problem, Tokenizer, grade_group, load_reward, load_tokenizer, prepare, read_problems
 from gcpo import ALGORITHMS, Algorithm, Group, gold_group, group_advantages, importance_ratio, overlong_penalty, policy_loss, substitute_gold, switch
 from model import (InputError, Transformer, encode_prompts, exit_cleanly, keep_freed_memory, load_model, pick_device, pick_dtype, read_config, read_json, save_model,
@@ -219,9 +219,9 @@ def culprit(model: Transformer, compute: Transformer, items: list[Item], algorit
 def update(model: Transformer, compute: Transformer, optimizer, items: list[Item], algorithm: Algorithm, config: Config) -> tuple[Counter, float | None]:
     """One step of the optimizer. Returns the metric sums and the gradient norm before clipping, or None where no group has contrast.
 
-    `items` are this process's share. Denominators count every row and token of all processes' groups. A group without contrast has no gradient and costs nothing,
-    but counts. Where no group has any, weights and moments stay as they are: momentum must not move them. Nor
-    is there a step on a gradient that is not finite; its norm is returned."""
+    `items` are this process's share. Denominators count every row and token of all processes' groups. A group without
+    contrast has no gradient and costs nothing, but counts. Where no group has any, weights and moments stay as they are:
+    momentum must not move them. Nor is there a step on a gradient that is not finite; its norm is returned."""
     live, sums = [i for i in items if i.has_contrast], Counter()
     total_rows, total_tokens, total_live = parallel.totals(sum(len(i.group.lengths) for i in items), sum(int(i.group.lengths.sum()) for i in items), len(live))
     if not total_live:
@@ -342,7 +342,8 @@ def train(config: Config, algorithm: Algorithm, model: Transformer, compute: Tra
         if stop and not last:
             raise KeyboardInterrupt
         parallel.gather(None)                                                   # the others wait until it is written
-        bar.set_postfix_str((f"reward {metrics['reward/mean']:.3f}, " if "reward/mean" in metrics else "") + f"gold {metrics['gold/share']:.2f}, {metrics['time/tokens_per_second']:.0f} tokens/s")
+        reward_now = f"reward {metrics['reward/mean']:.3f}, " if "reward/mean" in metrics else ""
+        bar.set_postfix_str(f"{reward_now}gold {metrics['gold/share']:.2f}, {metrics['time/tokens_per_second']:.0f} tokens/s")
     return state["before"], state["after"]
 
 
@@ -437,8 +438,8 @@ def evaluation(compute: Transformer, held_out: list[Problem], tokenizer: Tokeniz
 def rollout_numbers(rollouts: list[Group], items: list[Item]) -> dict[str, list[float]]:
     """One number per group, of the rollouts as sampled, before any gold took a place; and whether it did."""
     of = lambda f, groups: [float(f(g)) for g in groups]
-    return {"gold": of(lambda i: i.group.is_gold.any(), items), "reward": of(lambda g: g.rewards.mean(), rollouts), "right": of(lambda g: g.correct.float().mean(), rollouts),
-            "length": of(lambda g: g.lengths.float().mean(), rollouts), "cut": of(lambda g: 1 - g.finished.float().mean(), rollouts)}
+    return {"gold": of(lambda i: i.group.is_gold.any(), items), "reward": of(lambda g: g.rewards.mean(), rollouts), 
+            "right": of(lambda g: g.correct.float().mean(), rollouts), "length": of(lambda g: g.lengths.float().mean(), rollouts), "cut": of(lambda g: 1 - g.finished.float().mean(), rollouts)}
 
 
 def rollout_metrics(numbers: dict[str, list[float]]) -> dict:
@@ -528,8 +529,10 @@ def show(config: Config, algorithm: Algorithm, model: Transformer, compute: Tran
     ratio = lambda logprobs: row_mean(importance_ratio(logprobs, before, mask, group.is_gold, algorithm)[0])
 
     print(f"\nquestion   {item.problem.question}\nreference  {item.problem.answer}\nprompt     {len(group.prompt)} tokens, never trained on\n")
-    print(f"{'':18}{'before the step':>44}{'after it':>20}\n{'row':>4}{'':6}{'tokens':>8}{'reward':>9}{'advantage':>11}{'log p/token':>13}{'ratio':>9}{'log p/token':>13}{'ratio':>9}")
-    columns = (group.is_gold.tolist(), group.lengths.tolist(), group.rewards.tolist(), item.advantages.tolist(), row_mean(before), ratio(before), row_mean(after), ratio(after))
+    print(f"{'':18}{'before the step':>44}{'after it':>20}\n{'row':>4}{'':6}{'tokens':>8}{'reward':>9}{'advantage':>11}"
+          + f"{'log p/token':>13}{'ratio':>9}" * 2)
+    columns = (group.is_gold.tolist(), group.lengths.tolist(), group.rewards.tolist(), item.advantages.tolist(),
+               row_mean(before), ratio(before), row_mean(after), ratio(after))
     for row, (gold, length, r, a, p0, r0, p1, r1) in enumerate(zip(*columns)):
         print(f"{row:4}{'  gold' if gold else '':6}{length:8}{r:9.3g}{a:11.4f}{p0:13.4f}{r0:9.4f}{p1:13.4f}{r1:9.4f}")
     hint = "log 2 where a model is its own reference" if algorithm.objective == "pairs" else "about 0 where ratios are 1, as advantages add up to 0"
@@ -705,43 +708,17 @@ def latest_folder(stem: str) -> str:
     return name
 
 
-HARMLESS = {"out", "resume", "show", "device", "threads", "steps", "shard", "eval_every", "save_every", "keep", "max_bad_steps", "model", "data", "eval_data"}  # the files by their checksums
+# What may change on resuming. (Of model and data the content must stay, not the path.)
+HARMLESS = {"out", "resume", "show", "device", "threads", "steps", "shard", "eval_every", "save_every", "keep", "max_bad_steps", "model", "data", "eval_data"}
 
 
 def record_of(config: Config, algorithm: Algorithm, device: torch.device, compute: Transformer) -> dict:
     """What a resumed run must have in common with its beginning."""
     settings = {name: value for name, value in asdict(config).items() if name not in HARMLESS}
-    settings |= {"steps": config.steps} if config.lr_end != 1 or algorithm.sft_share else {}   # the learning rate, or the turn to RL, depends on them
+    settings |= {"steps": config.steps} if config.lr_end != 1 or algorithm.sft_share else {}  # the learning rate or the turn to RL depends on them
     settings |= {"algorithm": asdict(algorithm), "device": device.type, "dtype": str(compute.norm.weight.dtype)}
     settings |= {"data": sha256(config.data), "eval_data": sha256(config.eval_data) if config.eval_data else None}
     return settings | {"model": {os.path.basename(path): os.path.getsize(path) for path in weight_files(config.model)}}
-
-
-def refuse_changes(out: str, settings: dict) -> None:
-    """Raises InputError at the first setting that is not as in OUT/run.json."""
-    was = read_json(os.path.join(out, "run.json")).get("settings", {})
-    for name, new in settings.items():
-        old = was.get(name)
-        if name == "algorithm" and isinstance(old, dict) and old != new:
-            name = next(key for key in new if new[key] != old.get(key))
-            old, new = old.get(name), settings["algorithm"][name]
-        if old != new:
-            raise InputError(f"--resume: {name.replace('_', '-')} was {old!r} when {out} began, and is {new!r} now; use what it was, or begin a new run")
-
-
-def cut_log(path: str, step: int) -> None:
-    """Leave the whole lines of steps up to `step`: later ones will be written again."""
-    kept = []
-    with open(path, "rb") as f:
-        for line in f:
-            try:
-                if line.endswith(b"\n") and json.loads(line)["step"] <= step:
-                    kept.append(line)
-            except (ValueError, KeyError, TypeError):
-                pass
-    with open(path + ".writing", "wb") as f:
-        f.writelines(kept)
-    os.replace(path + ".writing", path)
 
 
 def as_command(config: Config, given: dict) -> str:
@@ -764,7 +741,8 @@ def estimated_bytes(model: Transformer, compute: Transformer, config: Config, lo
     tokens = config.rows_per_pass * config.max_new_tokens + longest_prompt
     per_layer = 8 * c.hidden_size + 4 * c.intermediate_size + 6 * c.num_attention_heads * c.head_dim
     activations = 2 * tokens * c.num_hidden_layers * per_layer * size
-    return 18 * n / (parallel.world() if config.shard else 1) + (size * n if compute is not model else 0) + rows * config.max_new_tokens * cache_bytes_per_token(compute) + activations + 2**29
+    copy, cache = size * n if compute is not model else 0, rows * config.max_new_tokens * cache_bytes_per_token(compute)
+    return 18 * n / (parallel.world() if config.shard else 1) + copy + cache + activations + 2**29
 
 
 def read_all(config: Config, algorithm: Algorithm, device: torch.device):

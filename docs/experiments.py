@@ -26,7 +26,7 @@ from sampler import evaluate  # noqa: E402
 from train import TOY_NAMES, build_toy, toy_problem  # noqa: E402
 
 KEPT = ("eval/mean", "eval/mean_se", "reward/correct", "gold/share", "gold/logprob", "length/mean", "policy/entropy", "update/grad_norm",
-        "policy/clip_fraction", "update/skipped", "groups/all_wrong", "groups/mixed", "groups/all_right", "groups/sampled")
+        "policy/clip_fraction", "gold/clip_fraction", "update/skipped", "groups/all_wrong", "groups/mixed", "groups/all_right", "groups/sampled")
 BLOCK = 5  # steps that a thinned log averages
 
 
