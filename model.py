@@ -53,7 +53,7 @@ def exit_cleanly(main) -> None:
     except SafetensorError as e:
         message, status = f"error: weights cannot be read or written ({e})", 2
     except RuntimeError as e:  # torch.OutOfMemoryError is one, and on a CPU there is no class of its own
-        if not isinstance(e, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(e):
+        if not isinstance(e, torch.OutOfMemoryError) and not any(words in str(e) for words in ("DefaultCPUAllocator", "could not create a primitive", "bad_alloc")):
             raise
         message, status = "error: out of memory; lower --rows-per-pass (updates), --rows (sampling) or --max-new-tokens", 2
     if status > 1:

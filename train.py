@@ -708,8 +708,10 @@ def latest_folder(stem: str) -> str:
     return name
 
 
-# What may change on resuming. (Of model and data the content must stay, not the path.)
-HARMLESS = {"out", "resume", "show", "device", "threads", "steps", "shard", "eval_every", "save_every", "keep", "max_bad_steps", "model", "data", "eval_data"}
+# What may change on resuming. (Of model and data the content must stay, not the path. What only says how things are computed
+# may change too, though not a bit is then promised: a run that ran out of memory must be able to go on with less.)
+HARMLESS = {"out", "resume", "show", "steps", "eval_every", "save_every", "keep", "max_bad_steps", "model", "data", "eval_data",
+            "device", "threads", "shard", "rows", "rows_per_pass", "gradient_checkpointing"}
 
 
 def record_of(config: Config, algorithm: Algorithm, device: torch.device, compute: Transformer) -> dict:

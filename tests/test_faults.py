@@ -196,6 +196,18 @@ def disk_full(folder, whole):
     same(run, whole)
 
 
+def memory_exhausted(folder, whole):
+    """An update that finds no memory: one line that says what to lower, and the run goes on once that is done."""
+    run = Run(folder, toy=whole.toy)
+    run.start().wait_for_step(3)
+    run.kill_after(0, signal.SIGTERM)
+    greedy = Run(f"{folder}/greedy", "--prompts", "64", "--group-size", "64", "--rows-per-pass", "4096", "--eval-every", "0")
+    assert greedy.finish(limits={resource.RLIMIT_DATA: 600 * 2**20}) == 2, greedy.said()
+    assert "lower --rows-per-pass" in greedy.said() and "Traceback" not in greedy.said()
+    assert run.finish("--resume", "--rows-per-pass", "2") == 0, run.said()
+    assert [r["step"] for r in run.metrics()] == list(range(13))
+
+
 def model_folder_deleted(folder, whole):
     """The model's folder goes while the run lasts: what is saved is whole all the same."""
     run = Run(folder)
@@ -246,13 +258,14 @@ FAULTS = {
     "checkpoint without a file": (checkpoint_damaged, [dict(how="missing")]),
     "checkpoint without its state": (checkpoint_damaged, [dict(how="state")]),
     "disk full": (disk_full, [{}]),
+    "memory exhausted in an update": (memory_exhausted, [{}]),
     "model folder deleted during the run": (model_folder_deleted, [{}]),
     "gradients not finite": (not_finite, [{}]),
     "resumed with other settings": (setting_changed, [{}]),
 }
 
 
-SLOW = {"checkpoint cut short", "checkpoint without a file", "checkpoint without its state"}  # here by `damage` alone, below
+SLOW = {"checkpoint cut short", "checkpoint without a file", "checkpoint without its state", "memory exhausted in an update"}  # left to the table
 
 
 @pytest.mark.parametrize("how", ["cut", "altered", "missing", "state", "outside"])
