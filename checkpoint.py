@@ -74,7 +74,8 @@ def save_checkpoint(out: str, model: Transformer, optimizer: torch.optim.Optimiz
     shutil.rmtree(path, ignore_errors=True)
     os.rename(beside, path)
     flush_to_disk(root)
-    for old in checkpoints(out)[:-keep]:
+    # A damaged one of later steps, from which this run went back, does not count.
+    for old in [name for name in checkpoints(out) if name <= os.path.basename(path)][:-keep]:
         if old != f"step-{state['best_step'] or 0:06d}":
             shutil.rmtree(os.path.join(root, old))
 
@@ -104,9 +105,14 @@ def damage(path: str) -> str | None:
                 return f"{name} has {os.path.getsize(file)} bytes, not {size}"
             if sha256(file) != digest:
                 return f"{name} was altered"
-        if not all(type(state[name]) in kinds for name, kinds in STATE.items()) or not all(type(i) is int for i in state["solved"] + state["dropped"]) \
-                or "optimizer.safetensors" not in state["files"]:
+        numbers = [n for value in state.values() if type(value) in (int, float, list) for n in (value if type(value) is list else [value])]
+        if not all(type(state[name]) in kinds for name, kinds in STATE.items()) or not all(type(n) in (int, float) and 0 <= n < 2**53 for n in numbers) \
+                or not {"optimizer.safetensors", "model/config.json", "model/model.safetensors"} <= set(state["files"]):
             return "state.json lacks something, or has it in another form"
+        if os.path.basename(path) != f"step-{state['step']:06d}":
+            return f"it is of step {state['step']}"
+    except OSError as e:
+        return f"{e.filename or 'a file'} cannot be read: {e.strerror}"
     except (InputError, KeyError, TypeError, ValueError, AttributeError) as e:
         return f"state.json cannot be used ({e})"
     return None

@@ -89,7 +89,7 @@ class Algorithm:
     clip_low: float = switch(0.2, "ε_low: no gradient once a bad row's ratio is below 1 − ε_low")
     clip_high: float = switch(0.2, "ε_high: no gradient once a good row's ratio is above 1 + ε_high")
     kl_coef: float = switch(0.0, "weight of a KL penalty of the rollouts against the frozen start model (loaded only when > 0)")
-    objective: str = switch("clipped", "the clipped surrogate, or DPO's loss of pairs: each better response of a group with each worse one", ("clipped", "pairs"))
+    objective: str = switch("clipped", "the clipped surrogate, or DPO's loss of pairs: each response above its group's mean reward with each below", ("clipped", "pairs"))
     beta: float = switch(0.1, "DPO's β, with pairs")
     resample: str = switch("none", "dynamic: sample further problems until every group has right and wrong responses; history: drop problems whose "
                            "rollouts were all right, at the end of each pass over the data", ("none", "dynamic", "history"))
@@ -111,6 +111,8 @@ class Algorithm:
                 raise ValueError(f"{name}={getattr(self, name)}: must be from 0 to 1")
         if self.max_tries < 1:
             raise ValueError(f"max_tries={self.max_tries}: must be 1 or more")
+        if self.objective == "pairs" and self.train_on == "gold":
+            raise ValueError("objective=pairs: gold alone (train_on=gold) makes no pairs")
         if self.objective == "pairs" and self.kl_coef > 0:
             raise ValueError("kl_coef: with objective=pairs the reference model is in the loss already; leave it at 0")
         if self.gold_shape == "ratio" and self.gold_old != "one":

@@ -547,7 +547,7 @@ def score_responses(model: Transformer, prompts: list[Tensor] | Prefix, owner: T
 
         def both(layer, q, k, v):
             (q0, q1), (k0, k1), (v0, v1) = (x.split(sizes, dim=2) for x in (q, k, v))
-            return torch.cat([read(q0, k0, v0)] + ([respond(q1, k1, v1, spread(k0), spread(v0))] if len(rows) else []), dim=2)
+            return torch.cat([read(q0, k0, v0)] + ([respond(q1, k1, v1, spread(k0), spread(v0))] if sizes[1] else []), dim=2)
         tokens, positions = torch.cat([*(p.to(device) for p in prompts), tokens]), torch.cat([prompt_cols, positions])
         read_out, hidden = model(tokens[None], past=both, positions=positions[None])[0].split(sizes)
         last = read_out.index_select(0, prompt_lengths.cumsum(0) - 1)                                # (B, D)

@@ -11,6 +11,7 @@ processes must enter in the same order: one with fewer groups makes passes of we
 from __future__ import annotations
 
 import datetime
+import gc
 import json
 import os
 
@@ -50,6 +51,7 @@ def together(main) -> None:
 
 def end() -> None:
     if dist.is_initialized():
+        gc.collect()    # FSDP's cycles hold the group, whose threads must not outlive the interpreter
         dist.destroy_process_group()
 
 

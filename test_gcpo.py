@@ -274,7 +274,7 @@ def test_no_contrast_no_gradient():
 
 
 @pytest.mark.parametrize("bad", [dict(level="word"), dict(clip_low=-0.1), dict(gold_clip=NAN), dict(gold_shape="ratio"), dict(kl_coef=float("inf")),
-                                 dict(overlong=1.5), dict(sft_share=-0.1), dict(max_tries=0), dict(objective="pairs", kl_coef=0.1), dict(beta=NAN)])
+                                 dict(overlong=1.5), dict(sft_share=-0.1), dict(max_tries=0), dict(objective="pairs", kl_coef=0.1), dict(objective="pairs", train_on="gold"), dict(beta=NAN)])
 def test_impossible_settings_are_refused(bad):
     """Forbids a setting that is silently ignored."""
     with pytest.raises(ValueError):

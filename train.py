@@ -36,7 +36,7 @@ from checkpoint import cut_log, hold, load_checkpoint, newest_checkpoint, refuse
 from data import Problem, Tokenizer, grade_group, load_reward, load_tokenizer, prepare, read_problems
 from gcpo import ALGORITHMS, Algorithm, Group, gold_group, group_advantages, importance_ratio, overlong_penalty, policy_loss, substitute_gold, switch
 from model import (InputError, Transformer, encode_prompts, exit_cleanly, keep_freed_memory, load_model, pick_device, pick_dtype, read_config, read_json, save_model,
-                   score_responses, weight_files, copy_tokenizer, whole)
+                   score_responses, weight_files, copy_tokenizer, whole, TOKENIZER_FILES)
 from sampler import cache_bytes_per_token, complete, prompt_generator, rows_that_fit, sample, summarize
 
 
@@ -204,16 +204,15 @@ def idle_pass(model: Transformer) -> None:
 
 
 def culprit(model: Transformer, compute: Transformer, items: list[Item], algorithm: Algorithm, config: Config) -> Item | None:
-    """The first group whose gradient, taken alone, is not finite (the first of all if only their sum is not, or if the
-    model is in shards, where nobody can go alone)."""
-    live = [i for i in items if i.has_contrast]
-    for item in [] if parallel.is_sharded(model) else live:
+    """The first of this process's groups whose gradient, taken alone, is not finite. None is: then only their sum is not, or
+    the model is in shards, where nobody can go alone."""
+    for item in [] if parallel.is_sharded(model) else [i for i in items if i.has_contrast]:
         backward(compute, [item], algorithm, config, 1, 1)
         finite = all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
         model.zero_grad(set_to_none=True)
         if not finite:
             return item
-    return live[0] if live else None
+    return None
 
 
 def update(model: Transformer, compute: Transformer, optimizer, items: list[Item], algorithm: Algorithm, config: Config) -> tuple[Counter, float | None]:
@@ -269,6 +268,10 @@ def train(config: Config, algorithm: Algorithm, model: Transformer, compute: Tra
     if checkpoint:
         state = load_checkpoint(checkpoint, model, optimizer)
         refresh(compute, model)
+        if state["step"] > config.steps:
+            raise InputError(f"--steps {config.steps}: the run in {config.out} is at step {state['step']} already")
+        if state["step"] == config.steps:
+            save_model(model, os.path.join(config.out, "model"), tokenizer_files, write=first)
     else:
         metrics = evaluated(0)
         log("metrics", {"step": 0, **metrics})
@@ -281,7 +284,7 @@ def train(config: Config, algorithm: Algorithm, model: Transformer, compute: Tra
                disable=not first, **in_a_file)
     for step in bar:
         began = time.perf_counter()
-        now = ALGORITHMS["sft"] if step < algorithm.sft_share * config.steps else algorithm             # SFT, then RL
+        now = ALGORITHMS["sft"] if step < round(algorithm.sft_share * config.steps) else algorithm             # SFT, then RL
         if now.train_on == "gold":
             chosen = parallel.share([(place, problems[i]) for place, i in enumerate(next_problems(config.prompts, len(problems), state, config.seed))])
             rollouts, items = [], [Item(place, p, gold_group(p.prompt, p.gold_ids), torch.ones(1)) for place, p in chosen if p.gold_ids is not None]
@@ -299,24 +302,25 @@ def train(config: Config, algorithm: Algorithm, model: Transformer, compute: Tra
             item.ref_logprobs = logprobs
         for param_group in optimizer.param_groups:
             param_group["lr"] = learning_rate(step, config)
-        sums, norms, bad = Counter(), [], None
+        sums, norms, bad, finite = Counter(), [], None, True
         for batch in minibatches:
             batch_sums, norm = update(model, compute, optimizer, batch, now, config)
             sums.update(batch_sums)
             norms.append(norm)
             if norm is not None and not math.isfinite(norm):
-                bad = bad or culprit(model, compute, batch, now, config)
+                finite, bad = False, bad or culprit(model, compute, batch, now, config)
         updated = time.perf_counter()
 
         # From here on what the processes did is put together; the first of them writes it down.
-        record = sample_record(step + 1, [bad], tokenizer) | {"gradient": "not finite"} if bad else None
+        suspect = [] if finite else [bad or next(iter(live), None)]
+        record = sample_record(step + 1, suspect, tokenizer) | {"gradient": "not finite" if bad else "not finite, though no group's alone"} if any(suspect) else None
         tokens = sum(int(g.lengths.sum()) for g in rollouts or [i.group for i in items])
         reports = parallel.gather([rollout_numbers(rollouts, items), sums, tokens, record, stopping()])
         numbers, all_sums, all_tokens, records, stops = zip(*reports)
         sums, tokens, stop = Counter(), sum(all_tokens), any(stops)
         for part in all_sums:
             sums.update(part)
-        bad = next((r for r in records if r), None)
+        bad = min((r for r in records if r), key=lambda r: len(r["gradient"]), default=None)             # a proven one, if there is one
         metrics = {"step": step + 1, **rollout_metrics({name: [x for part in numbers for x in part[name]] for name in numbers[0]}),
                    **update_metrics(sums, norms), "update/lr": learning_rate(step, config),
                    "update/bf16_changed": bf16_changed(model, start), "time/sample": sampled - began, "time/update": updated - sampled,
@@ -336,12 +340,12 @@ def train(config: Config, algorithm: Algorithm, model: Transformer, compute: Tra
         # The log first: what it says beyond the checkpoint is cut off on resuming, what it lacks would be lacking.
         if due(config.save_every) or state["best_step"] == step + 1 or stop:
             save_checkpoint(config.out, model, optimizer, state, tokenizer_files, config.keep, write=first)
+        parallel.gather(None)                                                   # the others wait until it is written
         if state["bad_steps"] >= config.max_bad_steps:
             raise InputError(f"step {step + 1}: the gradient was not finite for {state['bad_steps']} steps in a row (samples.jsonl shows the groups); "
                              f"the weights are those before them, in {config.out}/checkpoints; try a lower --lr or --dtype float32")
         if stop and not last:
             raise KeyboardInterrupt
-        parallel.gather(None)                                                   # the others wait until it is written
         reward_now = f"reward {metrics['reward/mean']:.3f}, " if "reward/mean" in metrics else ""
         bar.set_postfix_str(f"{reward_now}gold {metrics['gold/share']:.2f}, {metrics['time/tokens_per_second']:.0f} tokens/s")
     return state["before"], state["after"]
@@ -359,11 +363,12 @@ def next_problems(count: int, size: int, state: dict, seed: int) -> list[int]:
     while len(chosen) < count:
         dropped = set(state["dropped"])
         order = [i for i in random.Random(f"{seed}/{state['epoch']}").sample(range(size), size) if i not in dropped]
+        if state["taken"] >= len(order):    # only now, when it is known what the pass's last problems came to
+            state |= {"epoch": state["epoch"] + 1, "taken": 0, "dropped": state["solved"] if len(state["solved"]) < size else []}
+            continue
         part = order[state["taken"]:state["taken"] + count - len(chosen)]
         chosen += part
         state["taken"] += len(part)
-        if state["taken"] == len(order):
-            state |= {"epoch": state["epoch"] + 1, "taken": 0, "dropped": state["solved"] if len(state["solved"]) < size else []}
     return chosen
 
 
@@ -390,10 +395,14 @@ def collect(step: int, compute: Transformer, tokenizer: Tokenizer, problems: lis
             if p.gold_ids is not None:                                          # the generator draws which rollout gives way
                 group = substitute_gold(group, p.gold_ids, algorithm, prompt_generator((config.seed, step, 1), place, 0), p.gold_reward)
             item = Item(place, p, group, group_advantages(group.rewards, algorithm.scale))
-            (kept if algorithm.resample != "dynamic" or 0 < group.correct.sum() < len(group.correct) else spare).append(item)
+            if algorithm.resample != "dynamic" or 0 < group.correct.sum() < len(group.correct):
+                kept.append(item)
+            else:                                                               # whatever its lengths may have done to its rewards
+                spare.append(replace(item, advantages=torch.zeros_like(item.advantages)))
         if algorithm.resample == "history":
-            for i, right in sorted(pair for part in parallel.gather(outcomes) for pair in part):
-                state["solved"] = sorted({*state["solved"], i} if right else {*state["solved"]} - {i})
+            outcomes = sum(parallel.gather(outcomes), [])
+            missed = {i for i, right in outcomes if not right}                  # a problem may come twice
+            state["solved"] = sorted(({*state["solved"]} | {i for i, _ in outcomes}) - missed)
         if parallel.totals(len(kept))[0] == config.prompts:
             break
     # Places are numbered anew, over all processes, as what is kept decides which update a group belongs to.
@@ -658,6 +667,8 @@ def parse_flags(argv: list[str] | None = None) -> tuple[Config, Algorithm, dict]
         name, _, rest = str(e).partition("=")
         raise InputError(f"--{name.replace('_', '-')} {rest.replace('gold_old=one', '--gold-old one')}") from None
     if algorithm.objective == "pairs":
+        if config.rows_per_pass != config.group_size and "rows_per_pass" in given:
+            print(f"note: with objective pairs a whole group is a pass: --rows-per-pass {config.group_size}", file=sys.stderr)
         config = replace(config, rows_per_pass=config.group_size)   # a pair's loss needs both its rows, and no other group's
     if config.group_size == 1 and algorithm.train_on == "rollouts":
         raise InputError("--group-size 1: a group of one has no contrast; use 2 or more")
@@ -716,11 +727,13 @@ HARMLESS = {"out", "resume", "show", "steps", "eval_every", "save_every", "keep"
 
 def record_of(config: Config, algorithm: Algorithm, device: torch.device, compute: Transformer) -> dict:
     """What a resumed run must have in common with its beginning."""
-    settings = {name: value for name, value in asdict(config).items() if name not in HARMLESS}
+    settings = {"algorithm": asdict(algorithm), **{name: value for name, value in asdict(config).items() if name not in HARMLESS}}
     settings |= {"steps": config.steps} if config.lr_end != 1 or algorithm.sft_share else {}  # the learning rate or the turn to RL depends on them
-    settings |= {"algorithm": asdict(algorithm), "device": device.type, "dtype": str(compute.norm.weight.dtype)}
-    settings |= {"data": sha256(config.data), "eval_data": sha256(config.eval_data) if config.eval_data else None}
-    return settings | {"model": {os.path.basename(path): os.path.getsize(path) for path in weight_files(config.model)}}
+    settings |= {"device": device.type, "dtype": str(compute.norm.weight.dtype)}
+    files = {"data": config.data, "eval_data": config.eval_data, "reward_file": config.reward and config.reward.rpartition(":")[0]}
+    files |= {f"model/{os.path.basename(path)}": path for path in weight_files(config.model)}
+    files |= {f"model/{name}": path for name in ("config.json", *TOKENIZER_FILES) if os.path.isfile(path := os.path.join(config.model, name))}
+    return settings | {name: path and sha256(path) for name, path in files.items()}
 
 
 def as_command(config: Config, given: dict) -> str:
@@ -734,8 +747,8 @@ def as_command(config: Config, given: dict) -> str:
     return shlex.join(words)
 
 
-def estimated_bytes(model: Transformer, compute: Transformer, config: Config, longest_prompt: int) -> float:
-    """Weights, gradients, Adam's moments, the compute copy, the start's values (for `bf16_changed`), the cache of the rows in
+def estimated_bytes(model: Transformer, compute: Transformer, algorithm: Algorithm, config: Config, longest_prompt: int) -> float:
+    """Weights, gradients, Adam's moments, the compute copy and the reference model, the start's values (for `bf16_changed`), the cache of the rows in
     flight, one pass's activations, and the program itself. Activations count twice: allocators keep what was freed."""
     c, size = model.config, compute.norm.weight.element_size()
     n = sum(p.numel() for p in model.parameters())
@@ -743,8 +756,9 @@ def estimated_bytes(model: Transformer, compute: Transformer, config: Config, lo
     tokens = config.rows_per_pass * config.max_new_tokens + longest_prompt
     per_layer = 8 * c.hidden_size + 4 * c.intermediate_size + 6 * c.num_attention_heads * c.head_dim
     activations = 2 * tokens * c.num_hidden_layers * per_layer * size
-    copy, cache = size * n if compute is not model else 0, rows * config.max_new_tokens * cache_bytes_per_token(compute)
-    return 18 * n / (parallel.world() if config.shard else 1) + copy + cache + activations + 2**29
+    copies = size * n * ((compute is not model) + algorithm.needs_reference)
+    cache = rows * config.max_new_tokens * cache_bytes_per_token(compute)
+    return 18 * n / (parallel.world() if config.shard else 1) + copies + cache + activations + 2**29
 
 
 def read_all(config: Config, algorithm: Algorithm, device: torch.device):
@@ -770,7 +784,7 @@ def announce(config: Config, algorithm: Algorithm, given: dict, settings: dict, 
     with_gold = sum(p.gold_ids is not None for p in problems)
     print(as_command(config, given))
     n = sum(p.numel() for p in model.parameters())
-    memory = estimated_bytes(model, compute, config, max(len(p.prompt) for p in problems))
+    memory = estimated_bytes(model, compute, algorithm, config, max(len(p.prompt) for p in problems))
     print(f"{name}: {model.config.model_type}, {n / 1e6:.2f} M parameters, {device}" + (f" ({torch.get_num_threads()} threads)" if device.type == "cpu" else "")
           + f", {str(compute.norm.weight.dtype).removeprefix('torch.')}, about {memory / 2**30:.1f} GiB; "
           + f"{len(problems)} problems, {with_gold} with gold; {len(held_out)} held out")
@@ -838,7 +852,7 @@ def main():
     if first and (shared := {str(p.question) for p in problems} & {str(p.question) for p in held_out}):
         print(f"warning: {len(shared)} of the held-out questions stand in {config.data} too, one is {min(shared)[:60]!r}", file=sys.stderr)
 
-    settings = record_of(config, algorithm, device, compute)
+    settings = parallel.gather(record_of(config, algorithm, device, compute) if first else None)[0]
     checkpoint = None
     if config.resume:
         refuse_changes(config.out, settings)

@@ -19,9 +19,9 @@ from safetensors.torch import load_file
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
-from checkpoint import damage  # noqa: E402
+from checkpoint import damage, newest_checkpoint, save_checkpoint  # noqa: E402
 from gcpo import ALGORITHMS  # noqa: E402
-from model import exit_cleanly  # noqa: E402
+from model import exit_cleanly, load_model  # noqa: E402
 from train import build_toy, main  # noqa: E402
 
 SETTINGS = ["--instruction", "", "--dtype", "float32", "--threads", "1", "--prompts", "4", "--group-size", "4", "--max-new-tokens", "24", "--steps", "12",
@@ -268,10 +268,10 @@ FAULTS = {
 SLOW = {"checkpoint cut short", "checkpoint without a file", "checkpoint without its state", "memory exhausted in an update"}  # left to the table
 
 
-@pytest.mark.parametrize("how", ["cut", "altered", "missing", "state", "outside"])
+@pytest.mark.parametrize("how", ["cut", "altered", "missing", "state", "outside", "taken", "step", "unlisted"])
 def test_damage_is_noticed(how, whole, tmp_path):
     """Forbids a checkpoint that is believed because it is there."""
-    path = str(tmp_path / "step")
+    path = str(tmp_path / "step-000012")
     shutil.copytree(f"{whole.out}/checkpoints/step-000012", path)
     assert damage(path) is None
     victim = os.path.join(path, "model", "model.safetensors")
@@ -282,10 +282,39 @@ def test_damage_is_noticed(how, whole, tmp_path):
             f.truncate(1000) if how == "cut" else f.write(b"\x01")
     else:
         state = json.load(open(f"{path}/state.json"))
-        state["files"]["../x"] = [0, ""]
+        if how == "outside":
+            state["files"]["../x"] = [0, ""]
+        elif how == "unlisted":
+            del state["files"]["model/model.safetensors"]
+        else:
+            state["taken" if how == "taken" else "step"] = -3
         with open(f"{path}/state.json", "w") as f:
             f.write("{" if how == "state" else json.dumps(state))
     assert damage(path)
+
+
+def test_another_model_is_refused(whole, tmp_path):
+    """Forbids going on from the right weights with another model's reference, config or tokenizer, or a run cut shorter than it is."""
+    shutil.copytree(whole.out, tmp_path / "out"), shutil.copytree(os.path.dirname(whole.toy["model"]), tmp_path / "toy")
+    run = Run(str(tmp_path), toy={k: v.replace(os.path.dirname(whole.toy["model"]), str(tmp_path / "toy")) for k, v in whole.toy.items()})
+    assert run.finish("--resume", "--steps", "7") == 2 and "is at step 12 already" in run.said()
+    path = tmp_path / "toy" / "model" / "model.safetensors"
+    with open(path, "r+b") as f:
+        f.seek(-1, os.SEEK_END)
+        f.write(b"\x3c")
+    assert run.finish("--resume", "--steps", "14") == 2 and "model/model.safetensors was" in run.said()
+
+
+def test_the_only_whole_checkpoint_is_kept(whole, tmp_path):
+    """Forbids a damaged checkpoint of later steps that takes a whole one's place."""
+    model, optimizer = load_model(whole.toy["model"]), torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
+    def save(step):
+        state = {"step": step, "bad_steps": 0, "before": None, "after": None, "best": None, "best_step": None, "epoch": 0, "taken": 0, "solved": [], "dropped": []}
+        save_checkpoint(str(tmp_path), model, optimizer, state, whole.toy["model"], keep=1)
+    save(10), save(20)
+    os.truncate(tmp_path / "checkpoints" / "step-000020" / "state.json", 20)
+    save(15)
+    assert newest_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoints" / "step-000015")
 
 
 @pytest.mark.parametrize("name", [name for name in FAULTS if name not in SLOW])

@@ -43,6 +43,7 @@ def worker(rank, world, port, folder, contrast, optimizer_name, shard):
     split = lambda model: parallel.shard(model, torch.device("cpu"), torch.float32)
     model = load_model(os.path.join(folder, "toy", "model"), shard=split if shard and world > 1 else None)
     compute = compute_copy(model, torch.float32)
+    compute.gradient_checkpointing = model.gradient_checkpointing = shard and optimizer_name == "adamw"
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1) if optimizer_name == "sgd" else torch.optim.AdamW(model.parameters(), lr=1e-3)
     items, norms = parallel.share(fixed_items(contrast)), []
     for _ in range(3):

@@ -167,13 +167,15 @@ def test_history_resampling_drops_what_was_solved():
     all are solved, the data begins again rather than end."""
     state = dict(BEGINNING)
     assert sorted(next_problems(7, 7, state, 0)) == list(range(7))
-    state["solved"] = [1, 4]                                                # found out after the pass had ended: they come once more
-    assert sorted(next_problems(7, 7, state, 0)) == list(range(7))
+    state["solved"] = [1, 4]                                                # also what the pass's last step found out
     state = json.loads(json.dumps(state))
     for _ in range(3):
         assert sorted(next_problems(5, 7, state, 0)) == [0, 2, 3, 5, 6]
-    state |= {"solved": list(range(7)), "taken": 4}
-    next_problems(1, 7, state, 0)
+    begun = next_problems(3, 7, state, 0)
+    state["solved"] = [0, 1, 4]                                             # in the middle of a pass: not before the next
+    assert sorted(begun + next_problems(2, 7, state, 0)) == [0, 2, 3, 5, 6]
+    assert sorted(next_problems(4, 7, state, 0)) == [2, 3, 5, 6]
+    state["solved"] = list(range(7))
     assert sorted(next_problems(7, 7, state, 0)) == list(range(7))
 
 
@@ -206,7 +208,7 @@ def test_dynamic_sampling(monkeypatch, toy):
     assert mixed == sorted(mixed, reverse=True) and 4 < len(rollouts) <= 12 and state["taken"] == len(rollouts) % 12
     run, _ = rigged(monkeypatch, toy, lambda i: 0, "dapo")
     rollouts, items = run()
-    assert len(rollouts) == 12 and len(items) == 4 and not any(i.group.correct.any() for i in items)
+    assert len(rollouts) == 12 and len(items) == 4 and not any(i.group.correct.any() or i.has_contrast for i in items)
     run, _ = rigged(monkeypatch, toy, lambda i: 0, "gcpo", resample="dynamic")     # gold makes contrast, so one round is enough
     rollouts, items = run()
     assert len(rollouts) == 4 and all(i.group.is_gold.any() and i.has_contrast for i in items)
@@ -219,9 +221,9 @@ def test_history_is_kept_while_sampling(monkeypatch, toy):
     run, state = rigged(monkeypatch, toy, lambda i: 4 if i in solved else 1, "srpo", prompts=12)
     run()
     assert state["solved"] == [2, 3, 5] and state["dropped"] == []
-    solved.remove(3)
+    state |= {"solved": [1, 3], "dropped": [], "taken": 0}                  # 1 was solved once; now it is not
     run()
-    assert state["solved"] == [2, 5]
+    assert state["solved"] == [2, 3, 5]
     run, state = rigged(monkeypatch, toy, lambda i: 4, "grpo", prompts=12)
     run()
     assert state["solved"] == []
