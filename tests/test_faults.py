@@ -27,7 +27,7 @@ from train import build_toy, main  # noqa: E402
 SETTINGS = ["--instruction", "", "--dtype", "float32", "--threads", "1", "--prompts", "4", "--group-size", "4", "--max-new-tokens", "24", "--steps", "12",
             "--rows-per-pass", "64", "--updates", "2", "--lr", "1e-3", "--eval-every", "4", "--eval-limit", "8", "--save-every", "2"]
 start = multiprocessing.get_context("forkserver")
-start.set_forkserver_preload(["train"])
+start.set_forkserver_preload(["train", "torch.distributed.fsdp", "torch.distributed.tensor"])  # seconds each, once
 
 
 def in_process(argv, log, limits):

@@ -101,12 +101,12 @@ def torchrun(run, n, *flags):
 
 def test_two_processes_train_and_one_goes_on(tmp_path):
     """Forbids logs written twice, rollouts that depend on who samples them, and checkpoints that only N processes can read:
-    the same run by two processes, one of which is killed, goes on with one."""
+    the same run by two processes with half the weights each, one of which is killed, goes on with one that has them all."""
     os.makedirs(tmp_path / "one"), os.makedirs(tmp_path / "two")
     one = Run(str(tmp_path / "one"))
     two = Run(str(tmp_path / "two"), toy=one.toy)
     assert one.finish() == 0, one.said()
-    process = torchrun(two, 2)
+    process = torchrun(two, 2, "--shard")
     until = time.time() + 90
     while time.time() < until and not (os.path.exists(f"{two.out}/metrics.jsonl") and len(two.metrics(whole=False)) > 5):
         time.sleep(0.02)
