@@ -56,7 +56,7 @@ LONGEST_ANSWER = 300  # characters; an answer followed by talk is cut here
 
 
 def normalise(text: str) -> str:
-    """An answer without its dress: LaTeX spacing and wrappers, $, %, markdown stars, a final period."""
+    """An answer without its formatting: LaTeX spacing and wrappers, $, %, markdown stars, a final period."""
     text = text.replace("−", "-").replace("{,}", ",").replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac")
     text = re.sub(r"\\(?:text|mathrm|textbf|mathbf)\s*\{([^{}]*)\}", r" \1", text)
     text = re.sub(r"\\[!,]", "", text)                                         # 10,\!000
@@ -227,7 +227,7 @@ def parse_record(record: dict, answer_format: str, answer_only_gold: bool) -> Pr
 
 def no_twice(pairs):
     if len(record := dict(pairs)) != len(pairs):
-        raise ValueError("a field stands there twice")
+        raise ValueError("a field appears twice")
     return record
 
 

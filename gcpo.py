@@ -79,7 +79,7 @@ class Algorithm:
     paper: str = ""
     train_on: str = switch("rollouts", "rollouts: groups sampled from the policy; gold: the reference answers alone (SFT)", ("rollouts", "gold"))
     gold_when: str = switch("never", "which groups get a gold answer: those with every rollout wrong, all, none", ("all_wrong", "always", "never"))
-    gold_slot: str = switch("random", "which wrong rollout the gold replaces", ("random", "longest", "first"))
+    gold_slot: str = switch("random", "which wrong rollout the gold replaces (where none is wrong, any)", ("random", "longest", "first"))
     gold_old: str = switch("policy", "π_old of gold: scored by the policy before the update, or taken to be one", ("policy", "one"))
     gold_shape: str = switch("none", "ratio: gold's token ratios p become p / (p + 0.1), unclipped (LUFFY)", ("none", "ratio"))
     gold_clip: float | None = switch(None, "the gold's own upper clip range; none: unclipped")
@@ -88,7 +88,7 @@ class Algorithm:
     scale: str = switch("std", "divide a group's advantages by its standard deviation, or do not (Dr. GRPO)", ("std", "none"))
     clip_low: float = switch(0.2, "ε_low: no gradient once a bad row's ratio is below 1 − ε_low")
     clip_high: float = switch(0.2, "ε_high: no gradient once a good row's ratio is above 1 + ε_high")
-    kl_coef: float = switch(0.0, "weight of a KL penalty of the rollouts against the frozen start model (loaded only when > 0)")
+    kl_coef: float = switch(0.0, "weight of a KL penalty of the rollouts against the frozen start model, in groups with contrast (loaded only when it is needed)")
     objective: str = switch("clipped", "the clipped surrogate, or DPO's loss of pairs: each response above its group's mean reward with each below", ("clipped", "pairs"))
     beta: float = switch(0.1, "DPO's β, with pairs")
     resample: str = switch("none", "dynamic: sample further problems until every group has right and wrong responses; history: drop problems whose "
@@ -264,7 +264,8 @@ def pair_loss(logprobs: Tensor, ref_logprobs: Tensor, advantages: Tensor, mask: 
 def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, algorithm: Algorithm, *,
                 total_rows: float, total_tokens: float, max_new_tokens: int | None = None,
                 is_gold: Tensor | None = None, ref_logprobs: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-    """The clipped surrogate loss of one group (or of some of its rows), and sums for the metrics.
+    """The clipped surrogate loss of some rows, below each other, of any groups (with objective="pairs": of one whole group),
+    and sums for the metrics. (G stands for their number.)
 
     logprobs (G, T) carry the gradient; old_logprobs (G, T), advantages (G,), mask (G, T) and is_gold (G,) do not.
     Pass `logprobs.detach()` as old_logprobs when a batch gets one update: the ratio is then exactly 1, and only its

@@ -688,7 +688,7 @@ def tensors_of(folder: str, model: Transformer) -> dict[str, str]:
                 for name in f.keys():
                     shape = f.get_slice(name).get_shape()
                     if name in where:
-                        raise InputError(f"{path}: tensor {name} stands in {os.path.basename(where[name])} as well")
+                        raise InputError(f"{path}: tensor {name} is in {os.path.basename(where[name])} too")
                     # Some old folders store the rope frequencies, which follow from config.json.
                     if name not in wanted and name not in ignored and not name.endswith("rotary_emb.inv_freq"):
                         raise InputError(f"{path}: unexpected tensor {name!r}; config.json describes another model")

@@ -2,7 +2,7 @@
 
 Every process samples its share of the step's problems, and adds up the gradient of its own groups. Denominators are those
 of the whole step, so gradients need only be summed: N processes take the step that one would. Without torchrun there is
-one process, and every function here gives back what it was given.
+one process, and every function here does as if it were the only one.
 
 Each process has all the weights, or, with --shard, an Nth of weights, gradients and moments (FSDP2: `fully_shard`, after
 ZeRO, arXiv 1910.02054). A block's weights are then put together for as long as it computes, in collectives that all

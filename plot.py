@@ -49,7 +49,8 @@ def curve(rows, metric, width):
     if not points or metric.startswith("eval/"):
         return {x: (y, error) for x, y, error in points}
     x, y, _ = zip(*points)
-    return dict(zip(x, ((v, 0) for v in smooth(y, width))))
+    spacing = max(1, round((x[-1] - x[0]) / max(1, len(x) - 1)))    # steps from line to line, in thinned logs more than one
+    return dict(zip(x, ((v, 0) for v in smooth(y, max(1, width // spacing)))))
 
 
 def over_seeds(curves):
@@ -98,6 +99,8 @@ def main():
             if not curves:
                 continue
             points = over_seeds(curves) if len(curves) > 1 else curves[0]
+            if not points:
+                continue
             if args.x == "seconds":
                 times = [elapsed(rows) for rows in of_seeds]
                 x = [statistics.mean(t[step] for t in times) for step in points]

@@ -180,7 +180,7 @@ class Batch:
         """`steps` more tokens for every row, without asking the device for anything.
 
         On a GPU the launches of a step cost more than its work. So a step runs once as it stands, for warming up, then it is
-        recorded as a CUDA graph and repeated; rows and seats are rounded up, and what is too many computes to no end."""
+        recorded as a CUDA graph and repeated; rows and seats are rounded up, and what is too much is computed and never read."""
         self.fit(self.k, self.v, self.longest + steps - 1)
         self.length[self.n:] = 1                                             # rows not alive count on as well: they must not outrun the cache
         sizes = [min(-(-n // unit) * unit, most) for n, unit, most in ((self.n, self.row_unit, self.R), (self.seats, self.seat_unit, self.B))]

@@ -1,6 +1,6 @@
 """What gcpo.py promises, each promise against something we did not write. Meant to be read.
 
-Every test forbids one bug that has stood in published code of this kind; its docstring says which. The heavy tests
+Every test forbids one bug of the kinds found in published code; its docstring says which. The heavy tests
 (transformers' logits, samplers, broken files, whole runs) live in tests/.
 
     python -m pytest            all of them
@@ -333,7 +333,7 @@ def test_substitution_makes_a_whole_row_and_a_new_group(gold):
 
 
 def test_lone_gold_weighs_as_much_as_all_failures():
-    """The number in the docs: with G = 8 the gold's pull at ratio 1 equals that of the seven wrong rows together."""
+    """Forbids a weight that group size or aggregation distorts: with G = 8 the gold's pull at ratio 1 equals that of the seven wrong rows together."""
     advantages = group_advantages(torch.tensor([1.0] + [0.0] * 7))
     logprobs, mask = torch.full((8, 6), -1.0), torch.ones(8, 6, dtype=torch.bool)
     weight = gradient_of(ALGORITHMS["gcpo"], logprobs, None, advantages=advantages, mask=mask, is_gold=advantages > 0).sum(1)

@@ -10,6 +10,7 @@ gradients are added up in fp32 on the weights themselves, and it is refreshed af
 from __future__ import annotations
 
 import argparse
+import glob
 import itertools
 import json
 import math
@@ -122,7 +123,7 @@ class Item:
     group: Group
     advantages: torch.Tensor                    # (G,)
     old_logprobs: torch.Tensor | None = None    # (G, T); None: the weights have not moved since, and the ratio is exactly 1
-    ref_logprobs: torch.Tensor | None = None    # (G, T), of the frozen start model; only with a KL penalty
+    ref_logprobs: torch.Tensor | None = None    # (G, T), of the frozen start model, where the loss has a reference
 
     @property
     def has_contrast(self) -> bool:
@@ -163,6 +164,8 @@ def backward(compute: Transformer, items: list[Item], algorithm: Algorithm, conf
     prompt follows. The gradient is that of a single pass, the memory that of a few rows. (In shards, whose forward and
     backward passes must be everyone's, the prompt goes along with each part instead.)"""
     prompts, parts, sums = [i.group.prompt for i in items], list(row_passes(items, config, compute.norm.weight.device)), Counter()
+    if algorithm.objective == "pairs" and (len(items) > 1 or len(parts) > 1):
+        raise ValueError("backward: a pair's loss needs both its rows and no other group's, so rows_per_pass must be the group size")
     if prompt_apart := len(parts) > 1 and not parallel.is_sharded(compute):
         prefix = encode_prompts(compute, prompts)
         leaves = prompts = prefix.cut()
@@ -204,8 +207,8 @@ def idle_pass(model: Transformer) -> None:
 
 
 def culprit(model: Transformer, compute: Transformer, items: list[Item], algorithm: Algorithm, config: Config) -> Item | None:
-    """The first of this process's groups whose gradient, taken alone, is not finite. None is: then only their sum is not, or
-    the model is in shards, where nobody can go alone."""
+    """The first of this process's groups whose gradient, taken alone, is not finite. None: only their sum is not, or the model is
+    in shards, where groups cannot run alone."""
     for item in [] if parallel.is_sharded(model) else [i for i in items if i.has_contrast]:
         backward(compute, [item], algorithm, config, 1, 1)
         finite = all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
@@ -284,50 +287,50 @@ def train(config: Config, algorithm: Algorithm, model: Transformer, compute: Tra
                disable=not first, **in_a_file)
     for step in bar:
         began = time.perf_counter()
-        now = ALGORITHMS["sft"] if step < round(algorithm.sft_share * config.steps) else algorithm             # SFT, then RL
-        if now.train_on == "gold":
+        active = ALGORITHMS["sft"] if step < round(algorithm.sft_share * config.steps) else algorithm     # SFT, then RL
+        if active.train_on == "gold":
             chosen = parallel.share([(place, problems[i]) for place, i in enumerate(next_problems(config.prompts, len(problems), state, config.seed))])
             rollouts, items = [], [Item(place, p, gold_group(p.prompt, p.gold_ids), torch.ones(1)) for place, p in chosen if p.gold_ids is not None]
         else:
-            rollouts, items = collect(step, compute, tokenizer, problems, state, reward, now, config)
+            rollouts, items = collect(step, compute, tokenizer, problems, state, reward, active, config)
         sampled = time.perf_counter()
 
         minibatches = [[i for i in items if i.place * config.updates // config.prompts == number] for number in range(config.updates)]
         live = [i for i in items if i.has_contrast]
         # SFT has no π_old: its ratio is 1 by definition, so that its gradient is the likelihood's.
-        later = [i for batch in minibatches[1:] for i in batch if i.has_contrast] if now.train_on == "rollouts" else []
+        later = [i for batch in minibatches[1:] for i in batch if i.has_contrast] if active.train_on == "rollouts" else []
         for item, logprobs in zip(later, score(compute, later, config, config.temperature)):
             item.old_logprobs = logprobs                                        # π_old, before the first update moves the weights
-        for item, logprobs in zip(live, score(reference, live, config, config.temperature) if now.needs_reference else []):
+        for item, logprobs in zip(live, score(reference, live, config, config.temperature) if active.needs_reference else []):
             item.ref_logprobs = logprobs
         for param_group in optimizer.param_groups:
             param_group["lr"] = learning_rate(step, config)
         sums, norms, bad, finite = Counter(), [], None, True
         for batch in minibatches:
-            batch_sums, norm = update(model, compute, optimizer, batch, now, config)
+            batch_sums, norm = update(model, compute, optimizer, batch, active, config)
             sums.update(batch_sums)
             norms.append(norm)
             if norm is not None and not math.isfinite(norm):
-                finite, bad = False, bad or culprit(model, compute, batch, now, config)
+                finite, bad = False, bad or culprit(model, compute, batch, active, config)
         updated = time.perf_counter()
 
         # From here on what the processes did is put together; the first of them writes it down.
-        suspect = [] if finite else [bad or next(iter(live), None)]
-        record = sample_record(step + 1, suspect, tokenizer) | {"gradient": "not finite" if bad else "not finite, though no group's alone"} if any(suspect) else None
+        suspect = None if finite else bad or next(iter(live), None)
+        record = sample_record(step + 1, [suspect], tokenizer) | {"gradient": "not finite", "traced_to_this_group": bad is not None} if suspect else None
         tokens = sum(int(g.lengths.sum()) for g in rollouts or [i.group for i in items])
         reports = parallel.gather([rollout_numbers(rollouts, items), sums, tokens, record, stopping()])
         numbers, all_sums, all_tokens, records, stops = zip(*reports)
         sums, tokens, stop = Counter(), sum(all_tokens), any(stops)
         for part in all_sums:
             sums.update(part)
-        bad = min((r for r in records if r), key=lambda r: len(r["gradient"]), default=None)             # a proven one, if there is one
+        not_finite = max((r for r in records if r), key=lambda r: r["traced_to_this_group"], default=None)
         metrics = {"step": step + 1, **rollout_metrics({name: [x for part in numbers for x in part[name]] for name in numbers[0]}),
                    **update_metrics(sums, norms), "update/lr": learning_rate(step, config),
                    "update/bf16_changed": bf16_changed(model, start), "time/sample": sampled - began, "time/update": updated - sampled,
                    "time/tokens_per_second": tokens / (updated - began), "memory/peak_gib": peak_bytes(compute.norm.weight.device) / 2**30}
         last = step + 1 == config.steps
         due = lambda every: last or (every and (step + 1) % every == 0)
-        state |= {"step": step + 1, "bad_steps": state["bad_steps"] + 1 if bad else 0}
+        state |= {"step": step + 1, "bad_steps": 0 if finite else state["bad_steps"] + 1}
         if last:
             save_model(model, os.path.join(config.out, "model"), tokenizer_files, write=first)
         if due(config.eval_every):
@@ -336,14 +339,15 @@ def train(config: Config, algorithm: Algorithm, model: Transformer, compute: Tra
             if state["after"] is not None and (state["best"] is None or state["after"] > state["best"]):
                 state |= {"best": state["after"], "best_step": step + 1}
         log("metrics", metrics)
-        log("samples", bad or sample_record(step + 1, items, tokenizer))
+        log("samples", not_finite or sample_record(step + 1, items, tokenizer))
         # The log first: what it says beyond the checkpoint is cut off on resuming, what it lacks would be lacking.
-        if due(config.save_every) or state["best_step"] == step + 1 or stop:
+        give_up = state["bad_steps"] >= config.max_bad_steps
+        if due(config.save_every) or state["best_step"] == step + 1 or stop or give_up:
             save_checkpoint(config.out, model, optimizer, state, tokenizer_files, config.keep, write=first)
         parallel.gather(None)                                                   # the others wait until it is written
-        if state["bad_steps"] >= config.max_bad_steps:
-            raise InputError(f"step {step + 1}: the gradient was not finite for {state['bad_steps']} steps in a row (samples.jsonl shows the groups); "
-                             f"the weights are those before them, in {config.out}/checkpoints; try a lower --lr or --dtype float32")
+        if give_up:
+            raise InputError(f"step {step + 1}: gradients were not finite in {state['bad_steps']} steps in a row (samples.jsonl shows the groups); the weights "
+                             f"as of the last finite update are in {config.out}/checkpoints; try a lower --lr or --dtype float32")
         if stop and not last:
             raise KeyboardInterrupt
         reward_now = f"reward {metrics['reward/mean']:.3f}, " if "reward/mean" in metrics else ""
@@ -377,7 +381,8 @@ def collect(step: int, compute: Transformer, tokenizer: Tokenizer, problems: lis
     """Groups for one step: this process's share of what was sampled, as sampled, and of what is trained on.
 
     They differ in gold, and with dynamic sampling (DAPO, arXiv 2503.14476, eq. 11): groups all right or all wrong are then
-    left out, and further problems tried, `max_tries` rounds at most; what is still missing, the last of those fill up."""
+    left out, and further problems tried, `max_tries` rounds at most; places still empty are filled with the latest groups
+    left out, without advantages."""
     rollouts, kept, spare, places = [], [], [], 0
     for _ in range(algorithm.max_tries if algorithm.resample == "dynamic" else 1):
         indices = next_problems(config.prompts - parallel.totals(len(kept))[0], len(problems), state, config.seed)
@@ -544,9 +549,10 @@ def show(config: Config, algorithm: Algorithm, model: Transformer, compute: Tran
                row_mean(before), ratio(before), row_mean(after), ratio(after))
     for row, (gold, length, r, a, p0, r0, p1, r1) in enumerate(zip(*columns)):
         print(f"{row:4}{'  gold' if gold else '':6}{length:8}{r:9.3g}{a:11.4f}{p0:13.4f}{r0:9.4f}{p1:13.4f}{r1:9.4f}")
-    hint = "log 2 where a model is its own reference" if algorithm.objective == "pairs" else "about 0 where ratios are 1, as advantages add up to 0"
+    hint = ("−1 by construction, ratio times advantage" if algorithm.train_on == "gold" else "log 2 where a model is its own reference"
+            if algorithm.objective == "pairs" else "about 0 for a mean over rows, as ratios are 1 and advantages add up to 0")
     print("\nno contrast: every advantage is 0, and there is no step" if norm is None else
-          f"\nloss {sums['loss']:.4f} ({hint}), gradient norm {norm:.3g}, learning rate {config.lr:g}")
+          f"\nloss {sums['loss']:.4f} ({hint}), gradient norm {norm:.3g}, learning rate {config.lr:g} (in training it is warmed up to)")
     print("\nresponses, token by token; · is padding, which the mask leaves out, and the end token is not")
     for row, (ids, kept) in enumerate(zip(group.responses, mask)):
         words = [json.dumps(tokenizer.tokenizer.decode([int(t)], skip_special_tokens=False), ensure_ascii=False)[1:-1] for t in ids[kept]]
@@ -625,7 +631,7 @@ BF16_RATIO_NOISE = 0.005  # of a sequence ratio over ~100 tokens, measured on Sm
 def parse_flags(argv: list[str] | None = None) -> tuple[Config, Algorithm, dict]:
     """Config and Algorithm from the command line, and the flags that were given by hand."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], argument_default=argparse.SUPPRESS, allow_abbrev=False,
-                                     epilog="Without --model and --data the defaults are the toy's: " + ", ".join(f"{k} {v}" for k, v in TOY.items() if v != ""))
+                                     epilog="Without --model and --data the defaults are the toy's: " + ", ".join(f"--{k.replace('_', '-')} {v}" for k, v in TOY.items() if v != ""))
 
     def fail(message):
         raise InputError(f"{message} (train.py --help lists the flags)")
@@ -670,6 +676,9 @@ def parse_flags(argv: list[str] | None = None) -> tuple[Config, Algorithm, dict]
         if config.rows_per_pass != config.group_size and "rows_per_pass" in given:
             print(f"note: with objective pairs a whole group is a pass: --rows-per-pass {config.group_size}", file=sys.stderr)
         config = replace(config, rows_per_pass=config.group_size)   # a pair's loss needs both its rows, and no other group's
+    idle = [name for name in given if name not in names and name not in ("train_on", "sft_share", "aggregation")] if algorithm.train_on == "gold" else []
+    if idle:
+        print(f"note: trained on gold alone, a run does not look at {', '.join('--' + name.replace('_', '-') for name in idle)}", file=sys.stderr)
     if config.group_size == 1 and algorithm.train_on == "rollouts":
         raise InputError("--group-size 1: a group of one has no contrast; use 2 or more")
     if config.updates > 1 and algorithm.level == "sequence" and max(algorithm.clip_low, algorithm.clip_high) < BF16_RATIO_NOISE:
@@ -711,16 +720,13 @@ def fresh_folder(stem: str) -> str:
 
 
 def latest_folder(stem: str) -> str:
-    """The newest run of this name: runs/NAME-3, if there is no runs/NAME-4."""
-    name, n = stem, 1
-    while os.path.exists(f"{stem}-{n + 1}"):
-        n += 1
-        name = f"{stem}-{n}"
-    return name
+    """The newest run of this name, by its run.json."""
+    runs = [path for path in glob.glob(f"{glob.escape(stem)}*/run.json") if re.fullmatch(r"(-\d+)?", os.path.dirname(path)[len(stem):])]
+    return os.path.dirname(max(runs, key=os.path.getmtime)) if runs else stem
 
 
-# What may change on resuming. (Of model and data the content must stay, not the path. What only says how things are computed
-# may change too, though not a bit is then promised: a run that ran out of memory must be able to go on with less.)
+# These may change on resuming. (Of model and data the content must stay, not the path; the kind of device must, not its number.)
+# Those that only say how things are computed may too, or a run without memory could not go on, but then not to the bit.
 HARMLESS = {"out", "resume", "show", "steps", "eval_every", "save_every", "keep", "max_bad_steps", "model", "data", "eval_data",
             "device", "threads", "shard", "rows", "rows_per_pass", "gradient_checkpointing"}
 
@@ -881,7 +887,6 @@ def main():
             tqdm.write("stopping after this step (once more: at once, back to the last checkpoint)", file=sys.stderr)
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
-    model_folder = os.path.join(config.out, "model")
     try:
         before, after = train(config, algorithm, model, compute, tokenizer, problems, held_out, reward, log, checkpoint, lambda: bool(asked))
     except KeyboardInterrupt:
@@ -892,9 +897,15 @@ def main():
         raise
     if not first:
         return
+    last_words(config, algorithm, before, after, len(held_out), toy)
+
+
+def last_words(config: Config, algorithm: Algorithm, before: float | None, after: float | None, held_out: int, toy: bool) -> None:
+    """What came out, where it is, and what one might do next."""
+    model_folder = os.path.join(config.out, "model")
     if before is not None:
         k = config.eval_samples
-        print(f"held-out accuracy ({len(held_out)} problems, {'greedy' if k == 1 else f'{k} samples each'}): "
+        print(f"held-out accuracy ({held_out} problems, {'greedy' if k == 1 else f'{k} samples each'}): "
               f"before {before:.1%}, after {after:.1%}")
     python = sys.orig_argv[0]  # as it was called: .venv/bin/python
     print(f"model    {model_folder}\nmetrics  {os.path.join(config.out, 'metrics.jsonl')}\nsamples  {os.path.join(config.out, 'samples.jsonl')}")

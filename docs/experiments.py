@@ -23,7 +23,7 @@ from data import load_tokenizer, prepare, read_problems  # noqa: E402
 from gcpo import ALGORITHMS  # noqa: E402
 from model import load_model  # noqa: E402
 from sampler import evaluate  # noqa: E402
-from train import TOY_NAMES, build_toy, toy_problem  # noqa: E402
+from train import TOY, TOY_NAMES, build_toy, toy_problem  # noqa: E402
 
 KEPT = ("eval/mean", "eval/mean_se", "reward/correct", "gold/share", "gold/logprob", "length/mean", "policy/entropy", "update/grad_norm",
         "policy/clip_fraction", "gold/clip_fraction", "update/skipped", "groups/all_wrong", "groups/mixed", "groups/all_right", "groups/sampled")
@@ -111,10 +111,6 @@ def table(head, rows):
         print("| " + " | ".join(row) + " |")
 
 
-def command(flags):
-    return "`" + (shlex.join(["train.py", *flags])) + "`"
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The experiments
 
@@ -124,7 +120,7 @@ def toy(args):
     runs, _ = run_all("toy", arms, args)
     table(["preset", "held-out accuracy", "at step 100", "90 % at step (each seed)", "seconds", "rollouts sampled"],
           [[f"`{name}`", spread([accuracy(r) for r in of]), spread([next(x["eval/mean"] for x in r if x["step"] == 100) for r in of]), steps_to(of, 0.9),
-            spread([seconds(r) for r in of], "{:.0f}"), spread([4 * sum(x.get("groups/sampled", 0) for x in r) for r in of], "{:,.0f}")] for name, of in runs.items()])
+            spread([seconds(r) for r in of], "{:.0f}"), spread([TOY["group_size"] * sum(x.get("groups/sampled", 0) for x in r) for r in of], "{:,.0f}")] for name, of in runs.items()])
 
 
 ABLATIONS = {  # one switch changed in the toy's gcpo, which takes four updates per batch

@@ -3,6 +3,7 @@
 #
 # What is finished is skipped and what was cut off goes on, so it may be stopped and started at will. By environment:
 #   ARMS      arms to run, "preset" or "preset:its steps"  (sft grpo dapo gspo srpo luffy dpo gcpo sft_gcpo)
+#             (results go by the names of arms and files, so the files need different names)
 #   STEPS     steps of an arm that names none              (200)
 #   SEEDS     "0 1"                                        (0)
 #   FLAGS     of every training run                        (--prompts 16 --group-size 8 --max-new-tokens 512)
@@ -11,7 +12,8 @@
 #   PYTHON    the interpreter                              (.venv/bin/python)
 set -euo pipefail
 cd "$(dirname "$0")/.."
-[ $# -ge 3 ] || { sed -n 2,12p "$0"; exit 2; }
+[ $# -ge 3 ] || { sed -n 2,13p "$0"; exit 2; }
+[ "$(printf '%s\n' "${@:3}" | xargs -n1 basename | sort | uniq -d)" = "" ] || { echo "error: two files of one name; rename one" >&2; exit 2; }
 model=$1 train=$2 held_out=$3 sets=("${@:3}")
 python=${PYTHON:-.venv/bin/python} work=${WORK:-runs/real}
 mkdir -p "$work"
@@ -29,7 +31,7 @@ evaluate() {    # evaluate NAME MODEL_FOLDER: on every set, each result a file t
 evaluate base "$model"
 for seed in ${SEEDS:-0}; do
   for arm in ${ARMS:-sft grpo dapo gspo srpo luffy dpo gcpo sft_gcpo}; do
-    algo=${arm%%:*} steps=${STEPS:-200} out="$work/${arm%%:*}-seed$seed"
+    algo=${arm%%:*} steps=${STEPS:-200} name="${arm/:/-}-seed$seed" out="$work/${arm/:/-}-seed$seed"
     [ "$algo" = "$arm" ] || steps=${arm##*:}
     if [ ! -f "$out/model/config.json" ]; then
       resume=; if [ -f "$out/run.json" ]; then resume=--resume; else rm -rf "$out"; fi
@@ -37,7 +39,7 @@ for seed in ${SEEDS:-0}; do
       $python train.py --model "$model" --data "$train" --eval-data "$held_out" --algo "$algo" --seed "$seed" --steps "$steps" --out "$out" $resume \
         ${FLAGS:---prompts 16 --group-size 8 --max-new-tokens 512}
     fi
-    evaluate "$algo-seed$seed" "$out/model"
+    evaluate "$name" "$out/model"
   done
 done
 $python docs/experiments.py real --work "$work"
