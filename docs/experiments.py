@@ -186,7 +186,8 @@ def regime_files(folder):
             records = [r for pair in zip(easy, hard[HELD_OUT:]) for r in pair][:n]
             write(os.path.join(folder, f"near-{n}.jsonl"), records)
             write(os.path.join(folder, f"far-{n}.jsonl"), map(wordy, records))
-        finish(os.path.join(folder, "warm"), ["--algo", "sft", "--model", files["model"], "--data", os.path.join(folder, "warm.jsonl"), *REGIME, "--steps", "100", "--prompts", "32"])
+        finish(os.path.join(folder, "warm"), ["--algo", "sft", "--model", files["model"], "--data", os.path.join(folder, "warm.jsonl"), *REGIME,
+               "--steps", "70", "--prompts", "32", "--updates", "4", "--lr", "2.5e-3"])
         os.rename(os.path.join(folder, "warm", "model"), os.path.join(folder, "base"))
     return folder
 
