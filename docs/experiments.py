@@ -140,9 +140,9 @@ ABLATIONS = {  # one switch changed in the toy's gcpo, which takes four updates 
 def ablations(args):
     names = {re.sub(r"[^A-Za-z0-9.]+", "-", label.replace("×", "x")).strip("-"): (label, flags) for label, flags in ABLATIONS.items()}
     runs, _ = run_all("ablations", {name: flags for name, (_, flags) in names.items()}, args)
-    table(["changed", "flags", "held-out accuracy", "at step 100", "50 % at step", "90 % at step", "rollouts clipped", "seconds"],
+    table(["changed", "flags", "held-out accuracy", "at step 100", "50 % at step", "90 % at step", "tokens clipped", "seconds"],
           [[names[name][0], f"`{shlex.join(names[name][1])}`" if names[name][1] else "", spread([accuracy(r) for r in of]), spread([next(x["eval/mean"] for x in r if x["step"] == 100) for r in of]),
-            steps_to(of, 0.5), steps_to(of, 0.9), spread([statistics.mean(x["policy/clip_fraction"] for x in r if x.get("policy/clip_fraction") is not None) for r in of]),
+            steps_to(of, 0.5), steps_to(of, 0.9), spread([statistics.mean([x["policy/clip_fraction"] for x in r if x.get("policy/clip_fraction") is not None] or [0]) for r in of]),
             spread([seconds(r) for r in of], "{:.0f}")] for name, of in runs.items()])
 
 
