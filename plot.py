@@ -92,7 +92,7 @@ def main():
     columns = min(3, len(panels))
     plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "gcpo"})
     figure, axes = plt.subplots(-(-len(panels) // columns), columns, squeeze=False, constrained_layout=True,
-                                figsize=(4.2 * columns, 2.9 * -(-len(panels) // columns)))
+                                figsize=(4.2 * columns + 2 * (columns == 1), 2.9 * -(-len(panels) // columns)))
     for ax, (title, metric, is_share) in zip(axes.flat, panels):
         for i, (label, of_seeds) in enumerate(runs.items()):
             curves = [c for rows in of_seeds if (c := curve(rows, metric, args.smooth))]
@@ -121,7 +121,7 @@ def main():
     for ax in axes.flat[len(panels):]:
         ax.set_visible(False)
     handles = {line.get_label(): line for ax in axes.flat for line in ax.lines}
-    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=min(6, len(handles)), frameon=False)
+    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=min(2 + 2 * columns, len(handles)), frameon=False)
     figure.savefig(args.out, dpi=130)
     print(f"wrote {args.out}")
 
