@@ -148,7 +148,11 @@ def load_checkpoint(path: str, model: Transformer, optimizer: torch.optim.Optimi
 
 def refuse_changes(out: str, settings: dict) -> None:
     """Raises InputError at the first setting that is not as in OUT/run.json."""
-    was = read_json(os.path.join(out, "run.json")).get("settings", {})
+    path = os.path.join(out, "run.json")
+    was = read_json(path)
+    was = was.get("settings") if isinstance(was, dict) else None
+    if not isinstance(was, dict):
+        raise InputError(f"--resume: {path} names no settings; it was altered, or is of another version; begin a new run")
     for name, new in settings.items():
         old = was.get(name)
         if name == "algorithm" and isinstance(old, dict) and old != new:

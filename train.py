@@ -33,7 +33,7 @@ import torch
 from tqdm import tqdm
 
 import parallel
-from checkpoint import cut_log, hold, load_checkpoint, newest_checkpoint, refuse_changes, save_checkpoint, sha256
+from checkpoint import checkpoints, cut_log, hold, load_checkpoint, newest_checkpoint, refuse_changes, save_checkpoint, sha256
 from data import Problem, Tokenizer, grade_group, load_reward, load_tokenizer, prepare, read_problems
 from gcpo import ALGORITHMS, Algorithm, Group, gold_group, group_advantages, importance_ratio, overlong_penalty, policy_loss, substitute_gold, switch
 from model import (InputError, Transformer, encode_prompts, exit_cleanly, keep_freed_memory, load_model, pick_device, pick_dtype, read_config, read_json, save_model,
@@ -863,6 +863,8 @@ def main():
     if config.resume:
         refuse_changes(config.out, settings)
         checkpoint = parallel.gather(newest_checkpoint(config.out) if first else None)[0]
+        if checkpoint is None and checkpoints(config.out):
+            raise InputError(f"--resume: no checkpoint in {config.out}/checkpoints is whole; mend one, or begin a new run")
     os.makedirs(config.out, exist_ok=True)
     if first:
         hold(config.out)

@@ -305,6 +305,18 @@ def test_another_model_is_refused(whole, tmp_path):
     assert run.finish("--resume", "--steps", "14") == 2 and "model/model.safetensors was" in run.said()
 
 
+def test_a_run_without_whole_checkpoints_is_left_alone(whole, tmp_path):
+    """Forbids beginning again, over the logs, where every checkpoint is damaged or run.json is not a run's."""
+    shutil.copytree(whole.out, tmp_path / "out")
+    run = Run(str(tmp_path), toy=whole.toy)
+    for name in os.listdir(f"{run.out}/checkpoints"):
+        os.truncate(f"{run.out}/checkpoints/{name}/optimizer.safetensors", 9)
+    assert run.finish("--resume", "--steps", "14") == 2 and "no checkpoint" in run.said() and run.metrics() == whole.metrics()
+    with open(f"{run.out}/run.json", "w") as f:
+        f.write("[]")
+    assert run.finish("--resume") == 2 and "names no settings" in run.said() and "Traceback" not in run.said()
+
+
 def test_the_only_whole_checkpoint_is_kept(whole, tmp_path):
     """Forbids a damaged checkpoint of later steps that takes a whole one's place."""
     model, optimizer = load_model(whole.toy["model"]), torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
