@@ -20,7 +20,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from model import InputError, Transformer, fill, on_cpu, read_json, read_weights, save_model
+from model import InputError, Transformer, fill, on_cpu, read_json, read_weights, save_model, written_whole
 
 
 def sha256(path: str) -> str:
@@ -169,9 +169,8 @@ def cut_log(path: str, step: int) -> None:
         for line in f:
             try:
                 if line.endswith(b"\n") and json.loads(line)["step"] <= step:
-                    kept.append(line)
+                    kept.append(line.decode())
             except (ValueError, KeyError, TypeError):
                 pass
-    with open(path + ".writing", "wb") as f:
+    with written_whole(path) as f:
         f.writelines(kept)
-    os.replace(path + ".writing", path)

@@ -101,6 +101,14 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return getattr(torch, name)
 
 
+@contextlib.contextmanager
+def written_whole(path: str):
+    """A text file to write to, which is written beside and renamed, so that it is whole or not there."""
+    with open(path + ".writing", "w", encoding="utf-8") as f:
+        yield f
+    os.replace(f.name, path)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # config.json
 

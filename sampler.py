@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from data import Problem, Tokenizer, extract_answer, grade, grade_group, last_number, canonical, load_reward, load_tokenizer, prepare, read_problems
 from gcpo import Group
-from model import InputError, Transformer, encode_prompts, exit_cleanly, keep_freed_memory, load_model, packed_weights, pick_device, pick_dtype
+from model import InputError, Transformer, encode_prompts, exit_cleanly, keep_freed_memory, load_model, packed_weights, pick_device, pick_dtype, written_whole
 
 PREFILL_TOKENS = 4096        # prompts that enter together run together, up to so many tokens, padding counted (keys and values are padded)
 CACHE_COLUMNS = {"cpu": 32, "cuda": 128}  # lengths of caches are rounded up to these
@@ -489,12 +489,11 @@ def main():
 
 
 def write_jsonl(path: str, records) -> int:
-    """Write beside and rename, so that the file is whole or not there. Returns the number of records."""
+    """Returns the number of records."""
     count = 0
-    with open(path + ".writing", "w", encoding="utf-8") as f:
+    with written_whole(path) as f:
         for count, record in enumerate(records, 1):
             f.write(json.dumps(record, ensure_ascii=False) + "\n")
-    os.replace(path + ".writing", path)
     return count
 
 

@@ -37,7 +37,7 @@ from checkpoint import checkpoints, cut_log, hold, load_checkpoint, newest_check
 from data import Problem, Tokenizer, grade_group, load_reward, load_tokenizer, prepare, read_problems
 from gcpo import ALGORITHMS, Algorithm, Group, gold_group, group_advantages, importance_ratio, overlong_penalty, policy_loss, substitute_gold, switch
 from model import (InputError, Transformer, encode_prompts, exit_cleanly, keep_freed_memory, load_model, pick_device, pick_dtype, read_config, read_json, save_model,
-                   score_responses, weight_files, copy_tokenizer, whole, TOKENIZER_FILES)
+                   score_responses, weight_files, copy_tokenizer, whole, written_whole, TOKENIZER_FILES)
 from sampler import cache_bytes_per_token, complete, prompt_generator, rows_that_fit, sample, summarize
 
 
@@ -383,9 +383,9 @@ def collect(step: int, compute: Transformer, tokenizer: Tokenizer, problems: lis
     They differ in gold, and with dynamic sampling (DAPO, arXiv 2503.14476, eq. 11): groups all right or all wrong are then
     left out, and further problems tried, `max_tries` rounds at most; places still empty are filled with the latest groups
     left out, without advantages."""
-    rollouts, kept, spare, places = [], [], [], 0
+    rollouts, kept, spare, places, filled = [], [], [], 0, 0
     for _ in range(algorithm.max_tries if algorithm.resample == "dynamic" else 1):
-        indices = next_problems(config.prompts - parallel.totals(len(kept))[0], len(problems), state, config.seed)
+        indices = next_problems(config.prompts - filled, len(problems), state, config.seed)
         chosen = parallel.share([(places + n, i, problems[i]) for n, i in enumerate(indices)])
         places += len(indices)
         # A stream for each place, not for each problem: with few problems one may come twice in a step.
@@ -408,7 +408,8 @@ def collect(step: int, compute: Transformer, tokenizer: Tokenizer, problems: lis
             outcomes = sum(parallel.gather(outcomes), [])
             missed = {i for i, right in outcomes if not right}                  # a problem may come twice
             state["solved"] = sorted(({*state["solved"]} | {i for i, _ in outcomes}) - missed)
-        if parallel.totals(len(kept))[0] == config.prompts:
+        filled = parallel.totals(len(kept))[0]
+        if filled == config.prompts:
             break
     # Places are numbered anew, over all processes, as what is kept decides which update a group belongs to.
     order = sorted(place for part in parallel.gather([item.place for item in kept]) for place in part)
@@ -807,12 +808,11 @@ def announce(config: Config, algorithm: Algorithm, given: dict, settings: dict, 
                 cut_log(os.path.join(config.out, f"{kind}.jsonl"), step)
     else:
         copy_tokenizer(config.model, os.path.join(config.out, "tokenizer"))  # the model folder may go while we run
-        with open(os.path.join(config.out, "run.json.writing"), "w", encoding="utf-8") as f:
+        with written_whole(os.path.join(config.out, "run.json")) as f:
             json.dump({"command": as_command(config, given), "config": asdict(config), "settings": settings, "algorithm": asdict(algorithm), "parameters": n,
                        "device": str(device), "dtype": str(compute.norm.weight.dtype), "threads": torch.get_num_threads(), "problems": len(problems),
                        "with_gold": with_gold, "gold_not_used": complaints, "held_out": len(held_out), "git": git_commit(), "processes": parallel.world(),
                        "python": platform.python_version(), "torch": torch.__version__, "tokenizers": tokenizers.__version__}, f, indent=2)
-        os.replace(f.name, os.path.join(config.out, "run.json"))
 
 
 def main():

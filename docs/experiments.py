@@ -23,6 +23,7 @@ sys.path.insert(0, ROOT)
 from data import load_tokenizer, prepare, read_problems  # noqa: E402
 from gcpo import ALGORITHMS  # noqa: E402
 from model import load_model  # noqa: E402
+from plot import elapsed  # noqa: E402
 from sampler import evaluate  # noqa: E402
 from train import TOY, TOY_NAMES, build_toy, toy_problem  # noqa: E402
 
@@ -64,12 +65,11 @@ def run_all(name, arms, args):
 def thin(rows, folder):
     """Leave a log of block means, small enough for the repository; evaluations stay as they are."""
     os.makedirs(folder, exist_ok=True)
-    seconds, blocks = 0.0, []
+    times, blocks = elapsed(rows), []
     for row in rows:
-        seconds += row.get("time/sample", 0) + row.get("time/update", 0)
         if row["step"] <= 0 or (row["step"] - 1) % BLOCK == 0:
             blocks.append([])
-        blocks[-1].append({**row, "time/elapsed": seconds})
+        blocks[-1].append({**row, "time/elapsed": times[row["step"]]})
     with open(os.path.join(folder, "metrics.jsonl"), "w") as f:
         for block in blocks:
             record = {"step": block[-1]["step"], "time/elapsed": round(block[-1]["time/elapsed"], 2)}
@@ -87,7 +87,7 @@ def accuracy(rows):
 
 
 def seconds(rows):
-    return sum(r.get("time/sample", 0) + r.get("time/update", 0) for r in rows)
+    return max(elapsed(rows).values())
 
 
 def first_at(rows, level):
