@@ -455,6 +455,8 @@ def main():
             raise InputError(f"{path}: cannot be written; it must be a file, in a folder that exists and can be written to")
         if os.path.realpath(path) in taken:
             raise InputError(f"{path}: named twice; --data, --out and --keep-correct must be different files")
+        if os.path.exists(path):
+            raise InputError(f"{path}: there is something already, perhaps hours of sampling; name another file, or remove it")
         taken.append(os.path.realpath(path))
     temperature = args.temperature if args.temperature is not None else float(args.samples > 1)
     device = pick_device(args.device)
@@ -479,7 +481,7 @@ def main():
         wrote.append(f"wrote {write_jsonl(args.keep_correct, solved)} solved problems with their gold to {args.keep_correct}")
     k = args.samples
     print(f"{len(problems)} problems x {k} samples, temperature {temperature:g}")
-    print(f"mean@{k}      {metrics['mean']:.4f} ± {metrics['mean_se']:.4f} (standard error over problems)")
+    print(f"mean@{k}      {metrics['mean']:.4f}" + (f" ± {metrics['mean_se']:.4f} (standard error over problems)" if len(problems) > 1 else ""))
     for name in [n for n in metrics if n.startswith("pass@")]:
         print(f"{name:<12}{metrics[name]:.4f}")
     print(f"maj@{k:<8}{metrics['maj']:.4f}")

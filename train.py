@@ -3,7 +3,8 @@
     python train.py                                        the toy: GCPO learns where GRPO cannot take a step
     python train.py --model DIR --data gsm8k.jsonl         the same program on a real model and real problems
 
-`train` below is the algorithm, to be read from top to bottom; `update` is its optimizer step. The weights live in fp32
+`train` is the algorithm, to be read from top to bottom; `collect` before it makes its groups, `learn` its updates. Who reads for the
+algorithm may stop at "What is written down": logs, --show, the toy and the command line follow. The weights live in fp32
 under AdamW. Where bf16 products are faster, a bf16 copy of them does all the computing, sampling and scoring alike; its
 gradients are added up in fp32 on the weights themselves, and it is refreshed after every step of the optimizer.
 """
@@ -84,6 +85,91 @@ class Config:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The groups of a step
+
+@dataclass
+class Item:
+    """A group with what an update needs to know of it."""
+    place: int                                  # in the step's batch, over all processes
+    problem: Problem
+    group: Group
+    advantages: torch.Tensor                    # (G,)
+    old_logprobs: torch.Tensor | None = None    # (G, T); None: the weights have not moved since, and the ratio is exactly 1
+    ref_logprobs: torch.Tensor | None = None    # (G, T), of the frozen start model, where the loss has a reference
+
+    @property
+    def has_contrast(self) -> bool:
+        return bool((self.advantages != 0).any())
+
+
+BEGINNING = {"epoch": 0, "taken": 0, "solved": [], "dropped": []}  # of the order of problems
+
+
+def next_problems(count: int, size: int, state: dict, seed: int) -> list[int]:
+    """The next `count` of `size` problems: a new order for each pass over the data, and nothing left out at its end.
+
+    Moves `state` on: the pass ("epoch"), how many of its problems are "taken", and which are left out of it ("dropped"), those
+    "solved" by its beginning (SRPO's history resampling; the list stays empty in other runs). If all are, none is."""
+    chosen = []
+    while len(chosen) < count:
+        dropped = set(state["dropped"])
+        order = [i for i in random.Random(f"{seed}/{state['epoch']}").sample(range(size), size) if i not in dropped]
+        if state["taken"] >= len(order):    # only now, when it is known what the pass's last problems came to
+            state |= {"epoch": state["epoch"] + 1, "taken": 0, "dropped": state["solved"] if len(state["solved"]) < size else []}
+            continue
+        part = order[state["taken"]:state["taken"] + count - len(chosen)]
+        chosen += part
+        state["taken"] += len(part)
+    return chosen
+
+
+def collect(step: int, compute: Transformer, tokenizer: Tokenizer, problems: list[Problem], state: dict, reward, algorithm: Algorithm,
+            config: Config) -> tuple[list[Group], list[Item]]:
+    """Groups for one step: this process's share of what was sampled, as sampled, and of what is trained on.
+
+    They differ in gold, and with dynamic sampling (DAPO, arXiv 2503.14476, eq. 11): groups all right or all wrong are then
+    left out, and further problems tried, `max_tries` rounds at most; places still empty are filled with the latest groups
+    left out, without advantages. (SFT samples nothing; a problem without gold leaves its place empty.)"""
+    if algorithm.train_on == "gold":
+        chosen = parallel.share([(place, problems[i]) for place, i in enumerate(next_problems(config.prompts, len(problems), state, config.seed))])
+        return [], [Item(place, p, gold_group(p.prompt, p.gold_ids), torch.ones(1)) for place, p in chosen if p.gold_ids is not None]
+
+    rollouts, kept, spare, places, filled = [], [], [], 0, 0
+    for _ in range(algorithm.max_tries if algorithm.resample == "dynamic" else 1):
+        indices = next_problems(config.prompts - filled, len(problems), state, config.seed)
+        chosen = parallel.share([(places + n, i, problems[i]) for n, i in enumerate(indices)])
+        places += len(indices)
+        # A stream for each place, not for each problem: with few problems one may come twice in a step.
+        sampled = sample(compute, [p.prompt for *_, p in chosen], config.group_size, config.max_new_tokens, temperature=config.temperature,
+                         stop_ids=tokenizer.stop_ids, seed=(config.seed, step), prompt_ids=[place for place, *_ in chosen], max_rows=config.rows or None)
+        outcomes = []
+        for group, (place, i, p) in zip(sampled, chosen):
+            group = grade_group(group, p, tokenizer, reward, config.correct_at)
+            group = replace(group, rewards=group.rewards + overlong_penalty(group.lengths, config.max_new_tokens, algorithm.overlong))
+            rollouts.append(group)
+            outcomes.append((i, bool(group.correct.all())))
+            if p.gold_ids is not None:                                          # the generator draws which rollout gives way
+                group = substitute_gold(group, p.gold_ids, algorithm, prompt_generator((config.seed, step, 1), place, 0), p.gold_reward)
+            item = Item(place, p, group, group_advantages(group.rewards, algorithm.scale))
+            if algorithm.resample != "dynamic" or 0 < group.correct.sum() < len(group.correct):
+                kept.append(item)
+            else:                                                               # whatever its lengths may have done to its rewards
+                spare.append(replace(item, advantages=torch.zeros_like(item.advantages)))
+        if algorithm.resample == "history":
+            outcomes = sum(parallel.gather(outcomes), [])
+            missed = {i for i, right in outcomes if not right}                  # a problem may come twice
+            state["solved"] = sorted(({*state["solved"]} | {i for i, _ in outcomes}) - missed)
+        filled = parallel.totals(len(kept))[0]
+        if filled == config.prompts:
+            break
+    # Places are numbered anew, over all processes, as what is kept decides which update a group belongs to.
+    order = sorted(place for part in parallel.gather([item.place for item in kept]) for place in part)
+    order += sorted((place for part in parallel.gather([item.place for item in spare]) for place in part), reverse=True)[:config.prompts - len(order)]
+    number = {place: n for n, place in enumerate(order)}
+    return rollouts, [replace(item, place=number[item.place]) for item in [*kept, *spare] if item.place in number]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The compute copy
 
 def compute_copy(model: Transformer, dtype: torch.dtype) -> Transformer:
@@ -113,22 +199,7 @@ def refresh(copy: Transformer, model: Transformer) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# One optimizer step
-
-@dataclass
-class Item:
-    """A group with what an update needs to know of it."""
-    place: int                                  # in the step's batch, over all processes
-    problem: Problem
-    group: Group
-    advantages: torch.Tensor                    # (G,)
-    old_logprobs: torch.Tensor | None = None    # (G, T); None: the weights have not moved since, and the ratio is exactly 1
-    ref_logprobs: torch.Tensor | None = None    # (G, T), of the frozen start model, where the loss has a reference
-
-    @property
-    def has_contrast(self) -> bool:
-        return bool((self.advantages != 0).any())
-
+# The updates of a step
 
 def passes(items: list[Item], config: Config) -> list[list[Item]]:
     """Whole groups that go through the network together: as many as `rows_per_pass` holds, and at least one."""
@@ -249,8 +320,38 @@ def adamw(model: Transformer, config: Config) -> torch.optim.AdamW:
     return torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=True)
 
 
+def learning_rate(step: int, config: Config) -> float:
+    """For step `step` (from 0): linear warm-up, then linear to lr · lr_end at the last step."""
+    if step < config.warmup:
+        return config.lr * (step + 1) / config.warmup
+    done = (step - config.warmup) / max(1, config.steps - 1 - config.warmup)
+    return config.lr * (1 - (1 - config.lr_end) * done)
+
+
+def learn(model: Transformer, compute: Transformer, reference: Transformer | None, optimizer, items: list[Item], algorithm: Algorithm,
+          config: Config) -> tuple[Counter, list[float | None], Item | None]:
+    """All updates of a step, each on its share of the groups. Returns the metric sums, each update's gradient norm (None: no contrast), and
+    the group to which a gradient that was not finite could be traced."""
+    minibatches = [[i for i in items if i.place * config.updates // config.prompts == number] for number in range(config.updates)]
+    live = [i for i in items if i.has_contrast]
+    # SFT has no π_old: its ratio is 1 by definition, so that its gradient is the likelihood's.
+    later = [i for batch in minibatches[1:] for i in batch if i.has_contrast] if algorithm.train_on == "rollouts" else []
+    for item, logprobs in zip(later, score(compute, later, config, config.temperature)):
+        item.old_logprobs = logprobs                                            # π_old, before the first update moves the weights
+    for item, logprobs in zip(live, score(reference, live, config, config.temperature) if algorithm.needs_reference else []):
+        item.ref_logprobs = logprobs
+    sums, norms, bad = Counter(), [], None
+    for batch in minibatches:
+        batch_sums, norm = update(model, compute, optimizer, batch, algorithm, config)
+        sums.update(batch_sums)
+        norms.append(norm)
+        if norm is not None and not math.isfinite(norm):
+            bad = bad or culprit(model, compute, batch, algorithm, config)
+    return sums, norms, bad
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# The algorithm
+# The run
 
 def train(config: Config, algorithm: Algorithm, model: Transformer, compute: Transformer, tokenizer: Tokenizer, problems: list[Problem],
           held_out: list[Problem], reward, log, checkpoint: str | None = None, stopping=lambda: False) -> tuple[float | None, float | None]:
@@ -288,47 +389,19 @@ def train(config: Config, algorithm: Algorithm, model: Transformer, compute: Tra
     for step in bar:
         began = time.perf_counter()
         active = ALGORITHMS["sft"] if step < round(algorithm.sft_share * config.steps) else algorithm     # SFT, then RL
-        if active.train_on == "gold":
-            chosen = parallel.share([(place, problems[i]) for place, i in enumerate(next_problems(config.prompts, len(problems), state, config.seed))])
-            rollouts, items = [], [Item(place, p, gold_group(p.prompt, p.gold_ids), torch.ones(1)) for place, p in chosen if p.gold_ids is not None]
-        else:
-            rollouts, items = collect(step, compute, tokenizer, problems, state, reward, active, config)
+        rollouts, items = collect(step, compute, tokenizer, problems, state, reward, active, config)
         sampled = time.perf_counter()
-
-        minibatches = [[i for i in items if i.place * config.updates // config.prompts == number] for number in range(config.updates)]
-        live = [i for i in items if i.has_contrast]
-        # SFT has no π_old: its ratio is 1 by definition, so that its gradient is the likelihood's.
-        later = [i for batch in minibatches[1:] for i in batch if i.has_contrast] if active.train_on == "rollouts" else []
-        for item, logprobs in zip(later, score(compute, later, config, config.temperature)):
-            item.old_logprobs = logprobs                                        # π_old, before the first update moves the weights
-        for item, logprobs in zip(live, score(reference, live, config, config.temperature) if active.needs_reference else []):
-            item.ref_logprobs = logprobs
         for param_group in optimizer.param_groups:
             param_group["lr"] = learning_rate(step, config)
-        sums, norms, bad, finite = Counter(), [], None, True
-        for batch in minibatches:
-            batch_sums, norm = update(model, compute, optimizer, batch, active, config)
-            sums.update(batch_sums)
-            norms.append(norm)
-            if norm is not None and not math.isfinite(norm):
-                finite, bad = False, bad or culprit(model, compute, batch, active, config)
+        sums, norms, bad = learn(model, compute, reference, optimizer, items, active, config)
         updated = time.perf_counter()
 
-        # From here on what the processes did is put together; the first of them writes it down.
-        suspect = None if finite else bad or next(iter(live), None)
-        record = sample_record(step + 1, [suspect], tokenizer) | {"gradient": "not finite", "traced_to_this_group": bad is not None} if suspect else None
-        tokens = sum(int(g.lengths.sum()) for g in rollouts or [i.group for i in items])
-        reports = parallel.gather([rollout_numbers(rollouts, items), sums, tokens, record, stopping()])
-        numbers, all_sums, all_tokens, records, stops = zip(*reports)
-        sums, tokens, stop = Counter(), sum(all_tokens), any(stops)
-        for part in all_sums:
-            sums.update(part)
-        not_finite = max((r for r in records if r), key=lambda r: r["traced_to_this_group"], default=None)
-        metrics = {"step": step + 1, **rollout_metrics({name: [x for part in numbers for x in part[name]] for name in numbers[0]}),
-                   **update_metrics(sums, norms), "update/lr": learning_rate(step, config),
-                   "update/bf16_changed": bf16_changed(model, start), "time/sample": sampled - began, "time/update": updated - sampled,
-                   "time/tokens_per_second": tokens / (updated - began), "memory/peak_gib": peak_bytes(compute.norm.weight.device) / 2**30}
-        last = step + 1 == config.steps
+        # What the processes did is put together; the first of them writes it down.
+        metrics, tokens, not_finite, stop = put_together(step + 1, rollouts, items, sums, norms, bad, tokenizer, stopping())
+        metrics |= {"update/lr": learning_rate(step, config), "update/bf16_changed": bf16_changed(model, start), "time/sample": sampled - began,
+                    "time/update": updated - sampled, "time/tokens_per_second": tokens / (updated - began),
+                    "memory/peak_gib": peak_bytes(compute.norm.weight.device) / 2**30}
+        finite, last = metrics["update/not_finite"] == 0, step + 1 == config.steps
         due = lambda every: last or (every and (step + 1) % every == 0)
         state |= {"step": step + 1, "bad_steps": 0 if finite else state["bad_steps"] + 1}
         if last:
@@ -355,77 +428,6 @@ def train(config: Config, algorithm: Algorithm, model: Transformer, compute: Tra
     return state["before"], state["after"]
 
 
-BEGINNING = {"epoch": 0, "taken": 0, "solved": [], "dropped": []}  # of the order of problems
-
-
-def next_problems(count: int, size: int, state: dict, seed: int) -> list[int]:
-    """The next `count` of `size` problems: a new order for each pass over the data, and nothing left out at its end.
-
-    Moves `state` on: the pass ("epoch"), how many of its problems are "taken", and which are left out of it ("dropped"), those
-    "solved" by its beginning (SRPO's history resampling; the list stays empty in other runs). If all are, none is."""
-    chosen = []
-    while len(chosen) < count:
-        dropped = set(state["dropped"])
-        order = [i for i in random.Random(f"{seed}/{state['epoch']}").sample(range(size), size) if i not in dropped]
-        if state["taken"] >= len(order):    # only now, when it is known what the pass's last problems came to
-            state |= {"epoch": state["epoch"] + 1, "taken": 0, "dropped": state["solved"] if len(state["solved"]) < size else []}
-            continue
-        part = order[state["taken"]:state["taken"] + count - len(chosen)]
-        chosen += part
-        state["taken"] += len(part)
-    return chosen
-
-
-def collect(step: int, compute: Transformer, tokenizer: Tokenizer, problems: list[Problem], state: dict, reward, algorithm: Algorithm,
-            config: Config) -> tuple[list[Group], list[Item]]:
-    """Groups for one step: this process's share of what was sampled, as sampled, and of what is trained on.
-
-    They differ in gold, and with dynamic sampling (DAPO, arXiv 2503.14476, eq. 11): groups all right or all wrong are then
-    left out, and further problems tried, `max_tries` rounds at most; places still empty are filled with the latest groups
-    left out, without advantages."""
-    rollouts, kept, spare, places, filled = [], [], [], 0, 0
-    for _ in range(algorithm.max_tries if algorithm.resample == "dynamic" else 1):
-        indices = next_problems(config.prompts - filled, len(problems), state, config.seed)
-        chosen = parallel.share([(places + n, i, problems[i]) for n, i in enumerate(indices)])
-        places += len(indices)
-        # A stream for each place, not for each problem: with few problems one may come twice in a step.
-        sampled = sample(compute, [p.prompt for *_, p in chosen], config.group_size, config.max_new_tokens, temperature=config.temperature,
-                         stop_ids=tokenizer.stop_ids, seed=(config.seed, step), prompt_ids=[place for place, *_ in chosen], max_rows=config.rows or None)
-        outcomes = []
-        for group, (place, i, p) in zip(sampled, chosen):
-            group = grade_group(group, p, tokenizer, reward, config.correct_at)
-            group = replace(group, rewards=group.rewards + overlong_penalty(group.lengths, config.max_new_tokens, algorithm.overlong))
-            rollouts.append(group)
-            outcomes.append((i, bool(group.correct.all())))
-            if p.gold_ids is not None:                                          # the generator draws which rollout gives way
-                group = substitute_gold(group, p.gold_ids, algorithm, prompt_generator((config.seed, step, 1), place, 0), p.gold_reward)
-            item = Item(place, p, group, group_advantages(group.rewards, algorithm.scale))
-            if algorithm.resample != "dynamic" or 0 < group.correct.sum() < len(group.correct):
-                kept.append(item)
-            else:                                                               # whatever its lengths may have done to its rewards
-                spare.append(replace(item, advantages=torch.zeros_like(item.advantages)))
-        if algorithm.resample == "history":
-            outcomes = sum(parallel.gather(outcomes), [])
-            missed = {i for i, right in outcomes if not right}                  # a problem may come twice
-            state["solved"] = sorted(({*state["solved"]} | {i for i, _ in outcomes}) - missed)
-        filled = parallel.totals(len(kept))[0]
-        if filled == config.prompts:
-            break
-    # Places are numbered anew, over all processes, as what is kept decides which update a group belongs to.
-    order = sorted(place for part in parallel.gather([item.place for item in kept]) for place in part)
-    order += sorted((place for part in parallel.gather([item.place for item in spare]) for place in part), reverse=True)[:config.prompts - len(order)]
-    number = {place: n for n, place in enumerate(order)}
-    return rollouts, [replace(item, place=number[item.place]) for item in [*kept, *spare] if item.place in number]
-
-
-def learning_rate(step: int, config: Config) -> float:
-    """For step `step` (from 0): linear warm-up, then linear to lr · lr_end at the last step."""
-    if step < config.warmup:
-        return config.lr * (step + 1) / config.warmup
-    done = (step - config.warmup) / max(1, config.steps - 1 - config.warmup)
-    return config.lr * (1 - (1 - config.lr_end) * done)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # What is written down
 
@@ -448,6 +450,21 @@ def evaluation(compute: Transformer, held_out: list[Problem], tokenizer: Tokeniz
     scores = parallel.gather([[item.place, float(logprobs.mean())] for item, logprobs in zip(golds, score(compute, golds, config, 1.0))])
     metrics["gold_logprob"] = mean(value for _, value in sorted(pair for part in scores for pair in part))
     return {**{f"eval/{name}": value for name, value in metrics.items()}, "time/eval": time.perf_counter() - began}
+
+
+def put_together(step: int, rollouts: list[Group], items: list[Item], sums: Counter, norms: list[float | None], bad: Item | None,
+                 tokenizer: Tokenizer, stopping: bool) -> tuple[dict, int, dict | None, bool]:
+    """Of a step, over all processes: its metrics; how many tokens were sampled, or trained on where none were; the record of a group without
+    finite gradient, one it was traced to if there is any; whether a process was asked to stop."""
+    suspect = bad or next((i for i in items if i.has_contrast), None) if any(n is not None and not math.isfinite(n) for n in norms) else None
+    record = suspect and sample_record(step, [suspect], tokenizer) | {"gradient": "not finite", "traced_to_this_group": bad is not None}
+    tokens = sum(int(g.lengths.sum()) for g in rollouts or [i.group for i in items])
+    numbers, all_sums, all_tokens, records, stops = zip(*parallel.gather([rollout_numbers(rollouts, items), sums, tokens, record, stopping]))
+    sums = Counter()
+    for part in all_sums:
+        sums.update(part)
+    metrics = {"step": step, **rollout_metrics({name: [x for part in numbers for x in part[name]] for name in numbers[0]}), **update_metrics(sums, norms)}
+    return metrics, sum(all_tokens), max((r for r in records if r), key=lambda r: r["traced_to_this_group"], default=None), any(stops)
 
 
 def rollout_numbers(rollouts: list[Group], items: list[Item]) -> dict[str, list[float]]:
@@ -529,11 +546,7 @@ def sample_record(step: int, items: list[Item], tokenizer: Tokenizer) -> dict:
 def show(config: Config, algorithm: Algorithm, model: Transformer, compute: Transformer, tokenizer: Tokenizer, problems: list[Problem], reward) -> None:
     """Sample one group, print what the algorithm makes of it, take one step on it, and print what that did. Saves nothing."""
     config, problems = replace(config, prompts=1), [p for p in problems if p.gold_ids is not None] or problems
-    if algorithm.train_on == "gold":
-        problem = problems[next_problems(1, len(problems), dict(BEGINNING), config.seed)[0]]
-        item = Item(0, problem, gold_group(problem.prompt, problem.gold_ids), torch.ones(1))
-    else:
-        item = collect(0, compute, tokenizer, problems, dict(BEGINNING), reward, algorithm, config)[1][0]
+    item = collect(0, compute, tokenizer, problems, dict(BEGINNING), reward, algorithm, config)[1][0]
     group, mask = item.group, item.group.mask
     item.old_logprobs = before = score(compute, [item], config, config.temperature)[0]
     item.ref_logprobs = before if algorithm.needs_reference else None       # the model as it starts is its own reference
@@ -815,6 +828,52 @@ def announce(config: Config, algorithm: Algorithm, given: dict, settings: dict, 
                        "python": platform.python_version(), "torch": torch.__version__, "tokenizers": tokenizers.__version__}, f, indent=2)
 
 
+def warn(config: Config, algorithm: Algorithm, problems: list[Problem], held_out: list[Problem], complaints: list[str]) -> None:
+    """Of what would make a run's curve mean something else than its name says."""
+    if algorithm.gold_when != "never" and all(p.gold_ids is None for p in problems):
+        why = f"none of its golds can be used, see the notes; first: {complaints[0]}" if complaints else "--answer-only-gold makes gold of bare answers"
+        print(f"warning: no problem of {config.data} has gold, so this run is {algorithm.name} without it; {why}", file=sys.stderr)
+    if shared := {str(p.question) for p in problems} & {str(p.question) for p in held_out}:
+        print(f"warning: {len(shared)} of the held-out questions stand in {config.data} too, one is {min(shared)[:60]!r}", file=sys.stderr)
+
+
+def checkpoint_to_resume(out: str) -> str | None:
+    """The newest whole one; None if the run had not come to its first."""
+    checkpoint = parallel.gather(newest_checkpoint(out) if parallel.rank() == 0 else None)[0]
+    if checkpoint is None and checkpoints(out):
+        raise InputError(f"--resume: no checkpoint in {out}/checkpoints is whole; mend one, or begin a new run")
+    return checkpoint
+
+
+def logger(out: str):
+    """log(kind, record) adds a line to OUT/metrics.jsonl or samples.jsonl, and returns once it is on the disk. One process writes."""
+    if parallel.rank() > 0:
+        return lambda kind, record: None
+    files = {kind: open(os.path.join(out, f"{kind}.jsonl"), "a", encoding="utf-8") for kind in ("metrics", "samples")}
+
+    def log(kind, record):
+        record = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}  # JSON knows no NaN
+        files[kind].write(json.dumps(record, ensure_ascii=False) + "\n")
+        files[kind].flush()
+        os.fsync(files[kind].fileno())
+    return log
+
+
+def heed_signals():
+    """From now on the first SIGINT or SIGTERM asks to stop, which the returned function tells; a second one stops at once."""
+    asked = []
+
+    def stop(*_):
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(True)
+        if parallel.rank() == 0:
+            tqdm.write("stopping after this step (once more: at once, back to the last checkpoint)", file=sys.stderr)
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
+    return lambda: bool(asked)
+
+
 def main():
     keep_freed_memory()
     config, algorithm, given = parse_flags()
@@ -823,17 +882,21 @@ def main():
         torch.set_num_threads(config.threads)
     if config.shard and parallel.world() == 1:
         raise InputError("--shard: there is one process; torchrun --nproc-per-node N train.py … starts N")
+    if config.show and (config.resume or config.out or parallel.world() > 1):
+        raise InputError("--show: one process, and nothing is saved; leave out --out and --resume")
     device = pick_device(own_device if own_device and config.device == "auto" else config.device)
+
+    # Where the run lies
     toy = config.model is None
     folder = os.path.abspath(config.model or "toy")
     name = os.path.basename(os.path.dirname(folder) if os.path.basename(folder) == "model" else folder)  # runs/NAME/model is NAME
-    if config.show and (config.resume or config.out or parallel.world() > 1):
-        raise InputError("--show: one process, and nothing is saved; leave out --out and --resume")
     stem = os.path.join("runs", f"{name}-{algorithm.name}") if not config.show else os.path.join(tempfile.gettempdir(), f"gcpo-{os.getpid()}")
     out = config.out or (latest_folder(stem) if config.resume else fresh_folder(stem))
     config = replace(config, out=parallel.gather(out)[0])
     if config.resume and not os.path.isfile(os.path.join(config.out, "run.json")):
         raise InputError(f"--resume: {config.out} holds no run (no run.json there); name the run with --out, or begin anew without --resume")
+
+    # What it needs
     if toy:
         folder = os.path.join(config.out, "toy")
         if first and not config.resume:
@@ -849,57 +912,30 @@ def main():
     compute = compute_copy(model, pick_dtype(config.dtype, device))
     compute.gradient_checkpointing = model.gradient_checkpointing = config.gradient_checkpointing
     if config.show:
-        shutil.rmtree(config.out, ignore_errors=True)       # the toy's files
+        shutil.rmtree(config.out, ignore_errors=True)               # the toy's files
         return show(config, algorithm, model, compute, tokenizer, problems, reward)
-    with_gold = sum(p.gold_ids is not None for p in problems)
-    if first and not with_gold and algorithm.gold_when != "never":
-        why = f"none of its golds can be used, see the notes; first: {complaints[0]}" if complaints else "--answer-only-gold makes gold of bare answers"
-        print(f"warning: no problem of {config.data} has gold, so this run is {algorithm.name} without it; {why}", file=sys.stderr)
-    if first and (shared := {str(p.question) for p in problems} & {str(p.question) for p in held_out}):
-        print(f"warning: {len(shared)} of the held-out questions stand in {config.data} too, one is {min(shared)[:60]!r}", file=sys.stderr)
 
+    # How it begins, goes, and ends
     settings = parallel.gather(record_of(config, algorithm, device, compute) if first else None)[0]
     checkpoint = None
     if config.resume:
         refuse_changes(config.out, settings)
-        checkpoint = parallel.gather(newest_checkpoint(config.out) if first else None)[0]
-        if checkpoint is None and checkpoints(config.out):
-            raise InputError(f"--resume: no checkpoint in {config.out}/checkpoints is whole; mend one, or begin a new run")
+        checkpoint = checkpoint_to_resume(config.out)
     os.makedirs(config.out, exist_ok=True)
     if first:
+        warn(config, algorithm, problems, held_out, complaints)
         hold(config.out)
         announce(config, algorithm, given, settings, name, device, model, compute, problems, held_out, complaints, checkpoint)
-    files = {kind: open(os.path.join(config.out, f"{kind}.jsonl"), "a", encoding="utf-8") for kind in (("metrics", "samples") if first else ())}
-
-    def log(kind, record):
-        if not first:
-            return
-        record = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}  # JSON knows no NaN
-        files[kind].write(json.dumps(record, ensure_ascii=False) + "\n")
-        files[kind].flush()
-        os.fsync(files[kind].fileno())
-
-    asked = []
-
-    def stop(*_):
-        if asked:
-            raise KeyboardInterrupt
-        asked.append(True)
-        if first:
-            tqdm.write("stopping after this step (once more: at once, back to the last checkpoint)", file=sys.stderr)
-    signal.signal(signal.SIGINT, stop)
-    signal.signal(signal.SIGTERM, stop)
     try:
-        before, after = train(config, algorithm, model, compute, tokenizer, problems, held_out, reward, log, checkpoint, lambda: bool(asked))
+        before, after = train(config, algorithm, model, compute, tokenizer, problems, held_out, reward, logger(config.out), checkpoint, heed_signals())
     except KeyboardInterrupt:
         if first:
-            saved = newest_checkpoint(config.out)
-            print("\nstopped; " + (f"the model so far is {saved}/model; " if saved else "") + f"to go on: the same command with --resume --out {shlex.quote(config.out)}",
-                  file=sys.stderr)
+            saved = max(glob.glob(f"{glob.escape(config.out)}/checkpoints/step-*"), key=os.path.getmtime, default=None)  # the last written, unlike the last step, is ours
+            print("\nstopped; " + (f"the model so far is {saved}/model; " if saved else "")
+                  + f"to go on: the same command with --resume --out {shlex.quote(config.out)}", file=sys.stderr)
         raise
-    if not first:
-        return
-    last_words(config, algorithm, before, after, len(held_out), toy)
+    if first:
+        last_words(config, algorithm, before, after, len(held_out), toy)
 
 
 def last_words(config: Config, algorithm: Algorithm, before: float | None, after: float | None, held_out: int, toy: bool) -> None:

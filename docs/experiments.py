@@ -9,6 +9,7 @@ import argparse
 import concurrent.futures
 import itertools
 import json
+import math
 import os
 import random
 import re
@@ -232,31 +233,42 @@ def regimes(args):
     table(["gold's style", "problems", "arm", "learning rate", "easy", "hard", "tokens (easy)", "seconds"], rows)
 
 
+GOLDS = ["--instruction", "", "--dtype", "float32", "--steps", "240", "--prompts", "32", "--group-size", "4", "--max-new-tokens", "48", "--updates", "4", "--lr", "2.5e-3",
+         "--lr-end", "0.05", "--warmup", "10", "--eval-every", "25", "--eval-limit", "0", "--rows-per-pass", "64"]      # the toy's, with room for longer gold
+
+
 def golds(args):
-    """Whose gold: the data set's, or that of a model which learned the task, each in two styles; from the same random weights."""
+    """Whose gold: the data set's in two styles and in a mixture of both, or that of a model which learned from such gold; from the same random weights."""
     at = os.path.join(args.work, "golds-data")
-    files = {"near": os.path.join(at, "toy", "train.jsonl"), "far": os.path.join(at, "far.jsonl")}
-    if not os.path.exists(files["far"]):
+    files = {f"{style} gold": os.path.join(at, f"{style}.jsonl") for style in ("near", "far", "mixed")}
+    common = ["--model", os.path.join(at, "toy", "model"), "--eval-data", os.path.join(at, "toy", "held_out.jsonl"), *GOLDS]
+    if not os.path.exists(files["mixed gold"]):
         shutil.rmtree(at, ignore_errors=True)
         build_toy(os.path.join(at, "toy"), 0)
-        with open(files["near"]) as f:
-            write(files["far"], [wordy(json.loads(line)) for line in f])
-    common = ["--model", os.path.join(at, "toy", "model"), "--eval-data", os.path.join(at, "toy", "held_out.jsonl"), "--instruction", "", "--dtype", "float32", "--steps", "240",
-              "--prompts", "32", "--group-size", "4", "--max-new-tokens", "48", "--updates", "4", "--lr", "2.5e-3", "--lr-end", "0.05", "--warmup", "10", "--eval-every", "25",
-              "--eval-limit", "0", "--rows-per-pass", "64"]
-    for style in ("near", "far"):
+        with open(os.path.join(at, "toy", "train.jsonl")) as f:
+            records = [json.loads(line) for line in f]
+        styles = {"near": lambda r: r, "far": wordy, "mixed": lambda r, rng=random.Random(2): rng.choice((wordy, dict))(r)}
+        for style, write_as in styles.items():
+            write(files[f"{style} gold"], map(write_as, records))
+    for style in ("far", "mixed"):
         teacher, written = os.path.join(at, f"teacher-{style}"), os.path.join(at, f"by-model-{style}.jsonl")
         if not os.path.exists(written):     # the teacher learned from half the problems, and writes for all
-            with open(files[style]) as f:
-                write(os.path.join(at, f"half-{style}.jsonl"), list(map(json.loads, f))[:2000])
-            finish(teacher, ["--algo", "sft", "--data", os.path.join(at, f"half-{style}.jsonl"), *common])
-            subprocess.run([sys.executable, os.path.join(ROOT, "sampler.py"), "--model", os.path.join(teacher, "model"), "--data", files[style], "--samples", "4", "--max-new-tokens", "48",
-                            "--instruction", "", "--dtype", "float32", "--keep-correct", written], check=True, capture_output=True)
-        files[f"model-{style}"] = written
-    runs, _ = run_all("golds", {f"{algo}-{name}": ["--algo", algo, "--data", path, *common] for algo in ("gcpo", "sft") for name, path in files.items()}, args)
-    table(["arm, gold", "held-out accuracy", "50 % at step", "90 % at step", "tokens at the end", "problems with gold"],
-          [[name, spread([accuracy(r) for r in of]), steps_to(of, 0.5), steps_to(of, 0.9),
-            spread([next(x["eval/tokens"] for x in reversed(r) if "eval/tokens" in x) for r in of], "{:.0f}"), f"{sum(1 for _ in open(files[name.split('-', 1)[1]])):,}"] for name, of in runs.items()])
+            with open(files[f"{style} gold"]) as f:
+                half = write(os.path.join(at, f"half-{style}.jsonl"), list(map(json.loads, f))[:2000])
+            finish(teacher, ["--algo", "sft", "--data", half, *common])
+            subprocess.run([sys.executable, os.path.join(ROOT, "sampler.py"), "--model", os.path.join(teacher, "model"), "--data", files[f"{style} gold"], "--samples", "4",
+                            "--max-new-tokens", "48", "--instruction", "", "--dtype", "float32", "--keep-correct", written], check=True, capture_output=True)
+        files[f"gold by a model of {style} gold"] = written
+    arms = {f"{algo}-{name.replace(' ', '-')}": (algo, name) for algo in ("gcpo", "sft") for name in files}
+    runs, _ = run_all("golds", {arm: ["--algo", algo, "--data", files[name], *common] for arm, (algo, name) in arms.items()}, args)
+    rows = []
+    for arm, of in runs.items():
+        algo, name = arms[arm]
+        with open(files[name]) as f:
+            lengths = [len(r.get("gold", r["answer"])) for r in map(json.loads, f)]
+        rows.append([f"`{algo}`", name, f"{len(lengths):,}", f"{statistics.mean(lengths):.0f}", spread([accuracy(r) for r in of]), steps_to(of, 0.5), steps_to(of, 0.9),
+                     spread([next(x["eval/tokens"] for x in reversed(r) if "eval/tokens" in x) for r in of], "{:.0f}"), spread([seconds(r) for r in of], "{:.0f}")])
+    table(["", "gold", "problems with it", "its characters", "held-out accuracy", "50 % at step", "90 % at step", "tokens at the end", "seconds"], rows)
 
 
 def real(args):
@@ -266,7 +278,7 @@ def real(args):
         if match := re.fullmatch(r"(.+)--(.+)\.txt", file):
             with open(os.path.join(args.work, file)) as f:
                 text = f.read()
-            number = lambda pattern: float(re.search(pattern, text)[1])
+            number = lambda pattern: float(hit[1]) if (hit := re.search(pattern, text)) else math.nan   # a single problem has no error
             found.setdefault(match[1], {})[match[2]] = [number(r"mean@\d+ +([\d.]+)"), number(r"± ([\d.]+)"), max(map(float, re.findall(r"pass@\d+ +([\d.]+)", text))), 1 - number(r"no answer ([\d.]+)")]
     sets = sorted({name for of in found.values() for name in of})
     table(["model", *(f"{name}: mean ± s.e." for name in sets), *(f"{name}: pass@k" for name in sets), *(f"{name}: names an answer" for name in sets)],

@@ -1,18 +1,20 @@
 #!/usr/bin/env bash
 # Every arm on a real model, from the same weights, and the table: docs/run_real.sh MODEL TRAIN.jsonl HELD_OUT.jsonl [MORE.jsonl …]
 #
-# What is finished is skipped and what was cut off goes on, so it may be stopped and started at will. By environment:
+# What is finished is skipped and what was cut off goes on, so it may be stopped and started at will; two of it, with different ARMS, may run
+# side by side. By environment:
 #   ARMS      arms to run, "preset" or "preset:its steps"  (sft grpo dapo gspo srpo luffy dpo gcpo sft_gcpo)
 #             (results go by the names of arms and files, so the files need different names)
 #   STEPS     steps of an arm that names none              (200)
 #   SEEDS     "0 1"                                        (0)
 #   FLAGS     of every training run                        (--prompts 16 --group-size 8 --max-new-tokens 512)
+#   FLAGS_ARM of one preset's besides: FLAGS_sft_gcpo="--sft-share 0.9"
 #   EVAL      of every evaluation                          (--samples 4 --max-new-tokens 512)
 #   WORK      where all of it lies                         (runs/real)
 #   PYTHON    the interpreter                              (.venv/bin/python)
 set -euo pipefail
 cd "$(dirname "$0")/.."
-[ $# -ge 3 ] || { sed -n 2,13p "$0"; exit 2; }
+[ $# -ge 3 ] || { sed -n 2,15p "$0"; exit 2; }
 [ "$(printf '%s\n' "${@:3}" | xargs -n1 basename | sort | uniq -d)" = "" ] || { echo "error: two files of one name; rename one" >&2; exit 2; }
 model=$1 train=$2 held_out=$3 sets=("${@:3}")
 python=${PYTHON:-.venv/bin/python} work=${WORK:-runs/real}
@@ -23,21 +25,21 @@ evaluate() {    # evaluate NAME MODEL_FOLDER: on every set, each result a file t
     result="$work/$1--$(basename "${set%.jsonl}").txt"
     [ -s "$result" ] && continue
     # shellcheck disable=SC2086
-    $python sampler.py --model "$2" --data "$set" ${EVAL:---samples 4 --max-new-tokens 512} > "$result.writing"
-    mv "$result.writing" "$result"
+    $python sampler.py --model "$2" --data "$set" ${EVAL:---samples 4 --max-new-tokens 512} > "$result.$$.writing"
+    mv "$result.$$.writing" "$result"
   done
 }
 
 evaluate base "$model"
 for seed in ${SEEDS:-0}; do
   for arm in ${ARMS:-sft grpo dapo gspo srpo luffy dpo gcpo sft_gcpo}; do
-    algo=${arm%%:*} steps=${STEPS:-200} name="${arm/:/-}-seed$seed" out="$work/${arm/:/-}-seed$seed"
+    algo=${arm%%:*} more=FLAGS_${arm%%:*} steps=${STEPS:-200} name="${arm/:/-}-seed$seed" out="$work/${arm/:/-}-seed$seed"
     [ "$algo" = "$arm" ] || steps=${arm##*:}
     if [ ! -f "$out/model/config.json" ]; then
       resume=; if [ -f "$out/run.json" ]; then resume=--resume; else rm -rf "$out"; fi
       # shellcheck disable=SC2086
       $python train.py --model "$model" --data "$train" --eval-data "$held_out" --algo "$algo" --seed "$seed" --steps "$steps" --out "$out" $resume \
-        ${FLAGS:---prompts 16 --group-size 8 --max-new-tokens 512}
+        ${FLAGS:---prompts 16 --group-size 8 --max-new-tokens 512} ${!more:-}
     fi
     evaluate "$name" "$out/model"
   done

@@ -689,9 +689,10 @@ def test_the_program_uses_the_users_reward(folder, monkeypatch, capsys):
     assert [r["question"] for r in rows] == [q for q in QUESTIONS[1:4] for _ in range(2)]
     assert all(r["correct"] == (len(r["response"]) > 0) for r in rows) and any(r["correct"] for r in rows)
     assert all(p.gold for p in read_problems(str(folder / "gold.jsonl")))
-    code, printed = run_here(command(folder, reward=f"{folder / 'reward.py'}:something", correct_at=1.5, samples=None), monkeypatch, capsys)
+    code, printed = run_here(command(folder, reward=f"{folder / 'reward.py'}:something", correct_at=1.5, samples=None,
+                                           out=None, keep_correct=folder / "none.jsonl"), monkeypatch, capsys)
     assert code == 0 and "8 problems x 1 samples, temperature 0" in printed.out and "mean@1      0.0000" in printed.out
-    assert read_lines(folder / "gold.jsonl") == []
+    assert read_lines(folder / "none.jsonl") == []
 
 
 BAD = {
@@ -725,6 +726,8 @@ BAD = {
     "gold is a directory":      (dict(keep_correct="{}/directory"), "{}/directory"),
     "out over gold":            (dict(keep_correct="{}/out.jsonl"), "{}/out.jsonl"),
     "out over the data":        (dict(out="{}/data.jsonl"), "{}/data.jsonl"),
+    "out over another file":    (dict(out="{}/reward.py"), "{}/reward.py: there is something already"),
+    "gold over another file":   (dict(keep_correct="{}/broken.jsonl"), "{}/broken.jsonl: there is something already"),
     "no such reward file":      (dict(reward="{}/nothing.py:f"), "{}/nothing.py:f"),
     "no function named":        (dict(reward="{}/reward.py"), "{}/reward.py"),
     "no such function":         (dict(reward="{}/reward.py:nothing"), "{}/reward.py has no function nothing"),
