@@ -250,7 +250,7 @@ def named_parts():
             with record_function(name):
                 return f(*args, **kwargs)
         return wrapped
-    Transformer.forward = lambda self, tokens, past=None, positions=None: forward(self, tokens, past and named(past, "PART attention"), positions)
+    Transformer.forward = lambda self, tokens, attend=None, positions=None: forward(self, tokens, attend and named(attend, "PART attention"), positions)
     sampler.choose = named(choose, "PART choosing tokens")
     try:
         yield

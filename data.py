@@ -195,7 +195,7 @@ def parse_record(record: dict, answer_format: str, answer_only_gold: bool) -> Pr
         question, answer = record["input"], record["target"]
     elif has("question", "answer") and isinstance(record["answer"], str) and "####" in record["answer"]:    # GSM8K
         question, (solution, _, answer) = record["question"], record["answer"].rpartition("####")
-    elif has("problem") and has("answer") or has("problem", "solution"):   # MATH, AIME, AMC, Minerva
+    elif has("problem", "answer") or has("problem", "solution"):   # MATH, AIME, AMC, Minerva
         question, solution = record["problem"], record.get("solution")
         answer = record["answer"] if has("answer") else last_boxed(solution) if isinstance(solution, str) else None
     elif has("question", "answer"):                                 # plain

@@ -14,8 +14,9 @@ GCPO then replaces one of the wrong responses by the reference ("gold") answer y
 
 One importance ratio per sequence (GSPO's), no KL penalty, no value network, no reward model.
 
-What the paper leaves open. The abstract and its authors' summaries settle: gold only when all rollouts fail, one
-rollout replaced, a sequence-level ratio, no KL. Each of the following is our choice, and a switch of `Algorithm`:
+What the paper leaves open, as far as its abstract and its authors' summaries go, which is what we had. (Where its method
+section says otherwise, it is right and this list is not.) They settle: gold only when all rollouts fail, one rollout
+replaced, a sequence-level ratio, no KL. Each of the following is our choice, and a switch of `Algorithm`:
 
     gold_slot    which wrong rollout gives way                       a random one: `longest` would spare long failures
                                                                      their negative gradient, a length bias
@@ -137,7 +138,7 @@ ALGORITHMS = {a.name: a for a in (
     replace(_grpo, name="luffy", paper="arXiv 2504.14945", gold_when="always", gold_old="one", gold_shape="ratio",
             aggregation="token_mean", scale="none"),
     replace(_grpo, name="dpo", paper="arXiv 2305.18290", objective="pairs", gold_when="all_wrong"),
-    replace(_grpo, name="sft", train_on="gold", aggregation="token_mean"),
+    replace(_grpo, name="sft", paper="", train_on="gold", aggregation="token_mean"),
     replace(_gcpo, name="sft_gcpo", sft_share=0.5),
 )}
 
@@ -265,11 +266,11 @@ def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask
                 total_rows: float, total_tokens: float, max_new_tokens: int | None = None,
                 is_gold: Tensor | None = None, ref_logprobs: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
     """The clipped surrogate loss of some rows, below each other, of any groups (with objective="pairs": of one whole group),
-    and sums for the metrics. (G stands for their number.)
+    and sums for the metrics. G is the number of rows in this call.
 
     logprobs (G, T) carry the gradient; old_logprobs (G, T), advantages (G,), mask (G, T) and is_gold (G,) do not.
-    Pass `logprobs.detach()` as old_logprobs when a batch gets one update: the ratio is then exactly 1, and only its
-    gradient speaks.
+    Pass `logprobs.detach()` as old_logprobs when a batch gets one update: the ratio is then exactly 1, and its gradient
+    is not 0.
 
     `total_rows` and `total_tokens` are those of the whole optimizer step, over all groups, those without contrast
     included. They are numbers passed in, so losses of parts of a step add up to the loss of the step, however

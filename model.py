@@ -4,8 +4,8 @@ One block serves four families, which differ by switches: llama (arXiv 2407.2178
 qwen2 (2412.15115; DeepSeek-R1-Distill-Qwen is one) and qwen3 (2505.09388). Modules carry the names their weights have
 in the files, so loading is a copy by name.
 
-What is particular here is `past`. Attention is the one place where tokens see each other, so it is the one place that
-has to know how they are laid out: `model(tokens, past=f)` calls f(layer, q, k, v) in every layer in place of plain
+What is particular here is `attend`. Attention is the one place where tokens see each other, so it is the one place that
+has to know how they are laid out: `model(tokens, attend=f)` calls f(layer, q, k, v) in every layer in place of plain
 causal attention. Scoring uses it to run a prompt once and let every response of a group read its keys and values
 (`encode_prompts`, `score_responses`, below); the sampler uses it to keep a cache.
 
@@ -32,85 +32,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 
-class InputError(Exception):
-    """Something the user gave us cannot be used. The message is one line that says what, where and what to do."""
-
-
-def exit_cleanly(main) -> None:
-    """Run a program; what a user can cause ends in one line on stderr and a status: 2 for bad input, 130 for Ctrl-C."""
-    status = 0
-    try:
-        main()
-    except InputError as e:
-        message, status = f"error: {' '.join(str(e).split())}", 2
-    except KeyboardInterrupt:
-        message, status = "interrupted", 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # whoever read our output has gone; so may we
-        status = 1
-    except OSError as e:
-        message, status = f"error: {e.filename or 'a file'}: {e.strerror or e}", 2
-    except SafetensorError as e:
-        message, status = f"error: weights cannot be read or written ({e})", 2
-    except RuntimeError as e:  # torch.OutOfMemoryError is one, and on a CPU there is no class of its own
-        if not isinstance(e, torch.OutOfMemoryError) and not any(words in str(e) for words in ("DefaultCPUAllocator", "could not create a primitive", "bad_alloc")):
-            raise
-        message, status = "error: out of memory; lower --rows-per-pass (updates), --rows (sampling) or --max-new-tokens", 2
-    if status > 1:
-        print("\n" * (status == 130) + message, file=sys.stderr)
-    sys.exit(status)
-
-
-def keep_freed_memory() -> None:
-    """What PyTorch does on a GPU: keep large blocks that were freed for the next tensor. glibc hands them back to the system
-    and fetches each page anew, a tenth of an update's time. A no-op where the C library is another."""
-    try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):
-        return
-    mallopt(-3, 2**30) or mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: blocks smaller than this come from the heap (old versions take 32 MiB at most) …
-    mallopt(-1, 2**31 - 1)                    # M_TRIM_THRESHOLD: … and the heap keeps so much when it is free
-
-
-def pick_device(name: str) -> torch.device:
-    """`auto` is the first GPU if there is one."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device).item()
-        if device.type == "cuda" and device.index is not None:
-            torch.cuda.set_device(device)   # CUDA graphs are recorded on the current one
-        return device
-    except (RuntimeError, AssertionError, NotImplementedError) as e:
-        raise InputError(f"--device {name}: cannot be used ({str(e).splitlines()[0]})") from None
-
-
-def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """`auto` is bfloat16 where matrix products in it are faster: GPUs, and CPUs with bf16 instructions of their own."""
-    if name == "auto":
-        if device.type == "cpu":
-            try:
-                with open("/proc/cpuinfo") as f:
-                    fast = bool({"amx_bf16", "avx512_bf16"} & set(f.read().split()))
-            except OSError:
-                fast = False
-        else:
-            fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        name = "bfloat16" if fast else "float32"
-    return getattr(torch, name)
-
-
-@contextlib.contextmanager
-def written_whole(path: str):
-    """A text file to write to, which is written beside and renamed, so that it is whole or not there."""
-    with open(path + ".writing", "w", encoding="utf-8") as f:
-        yield f
-    os.replace(f.name, path)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# config.json
+# The transformer
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -133,119 +56,6 @@ class ModelConfig:
     rope_scaling: tuple | None   # ("linear", factor) or ("llama3", factor, low_freq, high_freq, original positions)
     raw: dict = field(default=None, repr=False, compare=False)  # the file as it was read, to be written back
 
-
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-# No model is larger than this; a config.json that says so would only fail later, after a long time or with no memory left.
-SIZE_LIMITS = {"sliding_window": 2**31, "vocab_size": 2**22, "hidden_size": 2**17, "intermediate_size": 2**20, "num_hidden_layers": 1024,
-               "num_attention_heads": 2**12, "num_key_value_heads": 2**12, "head_dim": 2**12, "max_position_embeddings": 2**27}
-
-
-def read_json(path: str):
-    """The parsed file, or InputError with file and line."""
-    try:
-        with open(path, encoding="utf-8") as f:
-            return json.load(f)
-    except json.JSONDecodeError as e:
-        raise InputError(f"{path}, line {e.lineno}: not valid JSON ({e.msg})") from None
-    except (OSError, ValueError, RecursionError) as e:   # ValueError: not UTF-8, or a number of thousands of digits
-        raise InputError(f"{path}: cannot be read ({getattr(e, 'strerror', None) or e})") from None
-
-
-def read_config(folder: str) -> ModelConfig:
-    """config.json in either dialect (`rope_theta` + `rope_scaling`, or `rope_parameters`).
-
-    Raises InputError for everything this file would compute wrongly, by name, before any weight is read.
-    """
-    if not os.path.isdir(folder):
-        raise InputError(f"{folder}: no such folder; --model wants a Hugging Face model folder on this machine (hf download NAME --local-dir DIR)")
-    path = os.path.join(folder, "config.json")
-    if not os.path.isfile(path):
-        raise InputError(f"{folder}: no config.json there; --model wants a Hugging Face model folder")
-    raw = read_json(path)
-    if not isinstance(raw, dict):
-        raise InputError(f"{path}: not a JSON object")
-
-    def refuse(what):
-        raise InputError(f"{path}: {what}")
-
-    family = raw.get("model_type")
-    if family not in FAMILIES:
-        refuse(f"model_type {family!r} is not supported (supported: {', '.join(FAMILIES)})")
-    if raw.get("quantization_config"):
-        refuse("quantized weights are not supported; use the unquantized model")
-    if raw.get("hidden_act", "silu") != "silu":
-        refuse(f"hidden_act {raw['hidden_act']!r} is not supported (supported: silu)")
-
-    def flag(name):
-        value = raw.get(name) or False
-        if not isinstance(value, bool):
-            refuse(f"{name} is {value!r}; expected true or false")
-        return value
-
-    def size(name, default=None):
-        value = raw.get(name)
-        value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= SIZE_LIMITS[name]:
-            refuse(f"{name} is {value!r}; expected a whole number from 1 to {SIZE_LIMITS[name]}")
-        return value
-
-    def number(where, name, default=None):
-        value = where.get(name, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e300:
-            refuse(f"{name} is {value!r}; expected a positive number")
-        return float(value)
-
-    heads, width = size("num_attention_heads"), size("hidden_size")
-    positions = size("max_position_embeddings", {"llama": 2048, "mistral": 131072}.get(family, 32768))
-    # A window that is not named is 4096 in mistral, and in qwen where it is switched on.
-    if family == "mistral" or family.startswith("qwen") and flag("use_sliding_window"):
-        window = raw.get("sliding_window", 4096)
-        if window is not None and size("sliding_window", 4096) < positions:
-            refuse(f"an active sliding window ({window}) is not supported; set sliding_window to null if you mean full attention")
-    layer_types = raw.get("layer_types") or []
-    if not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types):
-        refuse("layer_types names other layers than full_attention, such as a sliding window; they are not supported")
-
-    for name in ("rope_parameters", "rope_scaling"):
-        if not isinstance(raw.get(name) or {}, dict):
-            refuse(f"{name} is not an object")
-    # Files that mix the dialects exist: rope_theta may stand beside either.
-    rope = {"rope_theta": raw.get("rope_theta", 10000.0), **(raw.get("rope_scaling") or raw.get("rope_parameters") or {})}
-    if any(isinstance(value, dict) for value in rope.values()):
-        refuse("rope parameters that differ between layers are not supported")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        scaling = None
-    elif kind == "linear":
-        scaling = ("linear", number(rope, "factor"))
-    elif kind == "llama3":
-        scaling = ("llama3", *(number(rope, n) for n in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")))
-        if scaling[2] >= scaling[3]:
-            refuse("low_freq_factor must be below high_freq_factor")
-    else:
-        refuse(f"rope type {kind!r} is not supported (supported: default, linear, llama3)")
-    if raw.get("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0)) != 1.0:
-        refuse("partial_rotary_factor is not supported")
-
-    bias = flag("attention_bias") and family in ("llama", "qwen3")
-    kv_heads = {"llama": heads, "mistral": 8}.get(family, 32) if "num_key_value_heads" not in raw else heads
-    config = ModelConfig(
-        model_type=family, vocab_size=size("vocab_size"), hidden_size=width, intermediate_size=size("intermediate_size"),
-        num_hidden_layers=size("num_hidden_layers"), num_attention_heads=heads,
-        num_key_value_heads=size("num_key_value_heads", kv_heads),
-        head_dim=size("head_dim", 128 if family == "qwen3" else max(width // heads, 1)), max_position_embeddings=positions,
-        rms_norm_eps=number(raw, "rms_norm_eps", 1e-6), tie_word_embeddings=flag("tie_word_embeddings"),
-        qkv_bias=bias or family == "qwen2", out_bias=bias, mlp_bias=family == "llama" and flag("mlp_bias"),
-        qk_norm=family == "qwen3", rope_theta=number(rope, "rope_theta", 10000.0), rope_scaling=scaling, raw=raw)
-    if config.num_attention_heads % config.num_key_value_heads:
-        refuse(f"{heads} query heads cannot share {config.num_key_value_heads} key/value heads")
-    if config.head_dim % 2:
-        refuse(f"head_dim {config.head_dim} is odd; rotary position embedding turns pairs")
-    return config
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The transformer
 
 @functools.lru_cache(maxsize=8)
 def rope_frequencies(config: ModelConfig, device: torch.device) -> Tensor:
@@ -271,7 +81,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def causal_attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """q (N, H, T, d), k and v (N, K, T, d) -> (N, H, T, d). What `past=None` means."""
+    """q (N, H, T, d), k and v (N, K, T, d) -> (N, H, T, d). What `attend=None` means."""
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=k.shape[1] != q.shape[1])
 
 
@@ -295,12 +105,12 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
 
-    def forward(self, x, cos, sin, past):
+    def forward(self, x, cos, sin, attend):
         N, T, _ = x.shape
         q = self.q_norm(self.q_proj(x).view(N, T, -1, self.head_dim)).transpose(1, 2)   # (N, H, T, d)
         k = self.k_norm(self.k_proj(x).view(N, T, -1, self.head_dim)).transpose(1, 2)   # (N, K, T, d)
         v = self.v_proj(x).view(N, T, -1, self.head_dim).transpose(1, 2)                # (N, K, T, d)
-        out = past(self.layer, rotate(q, cos, sin), rotate(k, cos, sin), v)             # (N, H, T, d)
+        out = attend(self.layer, rotate(q, cos, sin), rotate(k, cos, sin), v)             # (N, H, T, d)
         return self.o_proj(out.transpose(1, 2).reshape(N, T, -1))
 
 
@@ -323,8 +133,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.mlp = MLP(c)
 
-    def forward(self, x, cos, sin, past):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, past)
+    def forward(self, x, cos, sin, attend):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -344,10 +154,10 @@ class Transformer(nn.Module):
         """(V, D)"""
         return self.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
 
-    def forward(self, tokens: Tensor, past=None, positions: Tensor | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, attend=None, positions: Tensor | None = None) -> Tensor:
         """tokens (N, T) -> hidden (N, T, D), after the last norm.
 
-        past: None for causal attention within each row, or f(layer, q, k, v) -> (N, H, T, d) that does the attention.
+        attend: None for causal attention within each row, or f(layer, q, k, v) -> (N, H, T, d) that does the attention.
         positions (N, T), or None for 0, 1, 2, …
         """
         if positions is None:
@@ -358,9 +168,9 @@ class Transformer(nn.Module):
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         for block in self.layers:
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, cos, sin, past or causal_attention, use_reentrant=False)
+                x = checkpoint(block, x, cos, sin, attend or causal_attention, use_reentrant=False)
             else:
-                x = block(x, cos, sin, past or causal_attention)
+                x = block(x, cos, sin, attend or causal_attention)
         return self.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -527,7 +337,7 @@ def encode_prompts(model: Transformer, prompts: list[Tensor]) -> Prefix:
     def keep(layer, q, k, v):
         keys[layer], values[layer] = spread(k), spread(v)
         return attend(q, k, v)
-    hidden = model(torch.cat(prompts).to(device)[None], past=keep, positions=cols[None])[0]     # (n, D)
+    hidden = model(torch.cat(prompts).to(device)[None], attend=keep, positions=cols[None])[0]     # (n, D)
     # In lists of their own, since gradient checkpointing will run `keep` again.
     return Prefix(lengths, list(keys.values()), list(values.values()), hidden[lengths.cumsum(0) - 1])
 
@@ -548,7 +358,7 @@ def score_responses(model: Transformer, prompts: list[Tensor] | Prefix, owner: T
     tokens, positions = responses[rows, cols], prompt_lengths[owner[rows]] + cols
     if known:
         last, after = prompts.last, lambda layer, q, k, v: respond(q, k, v, prompts.keys[layer], prompts.values[layer])
-        hidden = model(tokens[None], past=after, positions=positions[None])[0] if len(rows) else last[:0]
+        hidden = model(tokens[None], attend=after, positions=positions[None])[0] if len(rows) else last[:0]
     else:
         _, prompt_cols, spread, _ = packing(prompt_lengths, int(prompt_lengths.max()))
         read, sizes = ragged_attention(prompt_lengths, H), [len(prompt_cols), len(rows)]
@@ -557,7 +367,7 @@ def score_responses(model: Transformer, prompts: list[Tensor] | Prefix, owner: T
             (q0, q1), (k0, k1), (v0, v1) = (x.split(sizes, dim=2) for x in (q, k, v))
             return torch.cat([read(q0, k0, v0)] + ([respond(q1, k1, v1, spread(k0), spread(v0))] if sizes[1] else []), dim=2)
         tokens, positions = torch.cat([*(p.to(device) for p in prompts), tokens]), torch.cat([prompt_cols, positions])
-        read_out, hidden = model(tokens[None], past=both, positions=positions[None])[0].split(sizes)
+        read_out, hidden = model(tokens[None], attend=both, positions=positions[None])[0].split(sizes)
         last = read_out.index_select(0, prompt_lengths.cumsum(0) - 1)                                # (B, D)
 
     hidden = torch.cat([last.index_select(0, owner), hidden])                                        # (N + n, D)
@@ -634,6 +444,105 @@ def linear_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, temperature
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Model folders
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+# No model is larger than this; a config.json that says so would only fail later, after a long time or with no memory left.
+SIZE_LIMITS = {"sliding_window": 2**31, "vocab_size": 2**22, "hidden_size": 2**17, "intermediate_size": 2**20, "num_hidden_layers": 1024,
+               "num_attention_heads": 2**12, "num_key_value_heads": 2**12, "head_dim": 2**12, "max_position_embeddings": 2**27}
+
+
+def read_config(folder: str) -> ModelConfig:
+    """config.json in either dialect (`rope_theta` + `rope_scaling`, or `rope_parameters`).
+
+    Raises InputError for everything this file would compute wrongly, by name, before any weight is read.
+    """
+    if not os.path.isdir(folder):
+        raise InputError(f"{folder}: no such folder; --model wants a Hugging Face model folder on this machine (hf download NAME --local-dir DIR)")
+    path = os.path.join(folder, "config.json")
+    if not os.path.isfile(path):
+        raise InputError(f"{folder}: no config.json there; --model wants a Hugging Face model folder")
+    raw = read_json(path)
+    if not isinstance(raw, dict):
+        raise InputError(f"{path}: not a JSON object")
+
+    def refuse(what):
+        raise InputError(f"{path}: {what}")
+
+    family = raw.get("model_type")
+    if family not in FAMILIES:
+        refuse(f"model_type {family!r} is not supported (supported: {', '.join(FAMILIES)})")
+    if raw.get("quantization_config"):
+        refuse("quantized weights are not supported; use the unquantized model")
+    if raw.get("hidden_act", "silu") != "silu":
+        refuse(f"hidden_act {raw['hidden_act']!r} is not supported (supported: silu)")
+
+    def flag(name):
+        value = raw.get(name) or False
+        if not isinstance(value, bool):
+            refuse(f"{name} is {value!r}; expected true or false")
+        return value
+
+    def size(name, default=None):
+        value = raw.get(name)
+        value = default if value is None else value
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= SIZE_LIMITS[name]:
+            refuse(f"{name} is {value!r}; expected a whole number from 1 to {SIZE_LIMITS[name]}")
+        return value
+
+    def number(where, name, default=None):
+        value = where.get(name, default)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e300:
+            refuse(f"{name} is {value!r}; expected a positive number")
+        return float(value)
+
+    heads, width = size("num_attention_heads"), size("hidden_size")
+    positions = size("max_position_embeddings", {"llama": 2048, "mistral": 131072}.get(family, 32768))
+    # A window that is not named is 4096 in mistral, and in qwen where it is switched on.
+    if family == "mistral" or family.startswith("qwen") and flag("use_sliding_window"):
+        window = raw.get("sliding_window", 4096)
+        if window is not None and size("sliding_window", 4096) < positions:
+            refuse(f"an active sliding window ({window}) is not supported; set sliding_window to null if you mean full attention")
+    layer_types = raw.get("layer_types") or []
+    if not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types):
+        refuse("layer_types names other layers than full_attention, such as a sliding window; they are not supported")
+
+    for name in ("rope_parameters", "rope_scaling"):
+        if not isinstance(raw.get(name) or {}, dict):
+            refuse(f"{name} is not an object")
+    # Files that mix the dialects exist: rope_theta may stand beside either.
+    rope = {"rope_theta": raw.get("rope_theta", 10000.0), **(raw.get("rope_scaling") or raw.get("rope_parameters") or {})}
+    if any(isinstance(value, dict) for value in rope.values()):
+        refuse("rope parameters that differ between layers are not supported")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        scaling = None
+    elif kind == "linear":
+        scaling = ("linear", number(rope, "factor"))
+    elif kind == "llama3":
+        scaling = ("llama3", *(number(rope, n) for n in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")))
+        if scaling[2] >= scaling[3]:
+            refuse("low_freq_factor must be below high_freq_factor")
+    else:
+        refuse(f"rope type {kind!r} is not supported (supported: default, linear, llama3)")
+    if raw.get("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0)) != 1.0:
+        refuse("partial_rotary_factor is not supported")
+
+    bias = flag("attention_bias") and family in ("llama", "qwen3")
+    kv_heads = {"llama": heads, "mistral": 8}.get(family, 32) if "num_key_value_heads" not in raw else heads
+    config = ModelConfig(
+        model_type=family, vocab_size=size("vocab_size"), hidden_size=width, intermediate_size=size("intermediate_size"),
+        num_hidden_layers=size("num_hidden_layers"), num_attention_heads=heads,
+        num_key_value_heads=size("num_key_value_heads", kv_heads),
+        head_dim=size("head_dim", 128 if family == "qwen3" else max(width // heads, 1)), max_position_embeddings=positions,
+        rms_norm_eps=number(raw, "rms_norm_eps", 1e-6), tie_word_embeddings=flag("tie_word_embeddings"),
+        qkv_bias=bias or family == "qwen2", out_bias=bias, mlp_bias=family == "llama" and flag("mlp_bias"),
+        qk_norm=family == "qwen3", rope_theta=number(rope, "rope_theta", 10000.0), rope_scaling=scaling, raw=raw)
+    if config.num_attention_heads % config.num_key_value_heads:
+        refuse(f"{heads} query heads cannot share {config.num_key_value_heads} key/value heads")
+    if config.head_dim % 2:
+        refuse(f"head_dim {config.head_dim} is odd; rotary position embedding turns pairs")
+    return config
+
 
 def weight_files(folder: str) -> list[str]:
     """Paths of the safetensors files: model.safetensors, or the shards its index names."""
@@ -781,3 +690,94 @@ def save_model(model: Transformer, folder: str, tokenizer_from: str | None = Non
         shutil.rmtree(old)
     else:
         os.rename(beside, folder)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What every program here needs: errors of one line, a device, a file that is whole
+
+class InputError(Exception):
+    """Something the user gave us cannot be used. The message is one line that says what, where and what to do."""
+
+
+def exit_cleanly(main) -> None:
+    """Run a program; what a user can cause ends in one line on stderr and a status: 2 for bad input, 130 for Ctrl-C."""
+    status = 0
+    try:
+        main()
+    except InputError as e:
+        message, status = f"error: {' '.join(str(e).split())}", 2
+    except KeyboardInterrupt:
+        message, status = "interrupted", 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # whoever read our output has gone; so may we
+        status = 1
+    except OSError as e:
+        message, status = f"error: {e.filename or 'a file'}: {e.strerror or e}", 2
+    except SafetensorError as e:
+        message, status = f"error: weights cannot be read or written ({e})", 2
+    except RuntimeError as e:  # torch.OutOfMemoryError is one, and on a CPU there is no class of its own
+        if not isinstance(e, torch.OutOfMemoryError) and not any(words in str(e) for words in ("DefaultCPUAllocator", "could not create a primitive", "bad_alloc")):
+            raise
+        message, status = "error: out of memory; lower --rows-per-pass (updates), --rows (sampling) or --max-new-tokens", 2
+    if status > 1:
+        print("\n" * (status == 130) + message, file=sys.stderr)
+    sys.exit(status)
+
+
+def keep_freed_memory() -> None:
+    """What PyTorch does on a GPU: keep large blocks that were freed for the next tensor. glibc hands them back to the system
+    and fetches each page anew, a tenth of an update's time. A no-op where the C library is another."""
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return
+    mallopt(-3, 2**30) or mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: blocks smaller than this come from the heap (old versions take 32 MiB at most) …
+    mallopt(-1, 2**31 - 1)                    # M_TRIM_THRESHOLD: … and the heap keeps so much when it is free
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is the first GPU if there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device).item()
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)   # CUDA graphs are recorded on the current one
+        return device
+    except (RuntimeError, AssertionError, NotImplementedError) as e:
+        raise InputError(f"--device {name}: cannot be used ({str(e).splitlines()[0]})") from None
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 where matrix products in it are faster: GPUs, and CPUs with bf16 instructions of their own."""
+    if name == "auto":
+        if device.type == "cpu":
+            try:
+                with open("/proc/cpuinfo") as f:
+                    fast = bool({"amx_bf16", "avx512_bf16"} & set(f.read().split()))
+            except OSError:
+                fast = False
+        else:
+            fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        name = "bfloat16" if fast else "float32"
+    return getattr(torch, name)
+
+
+@contextlib.contextmanager
+def written_whole(path: str):
+    """A text file to write to, which is written beside and renamed, so that it is whole or not there."""
+    with open(path + ".writing", "w", encoding="utf-8") as f:
+        yield f
+    os.replace(f.name, path)
+
+
+def read_json(path: str):
+    """The parsed file, or InputError with file and line."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            return json.load(f)
+    except json.JSONDecodeError as e:
+        raise InputError(f"{path}, line {e.lineno}: not valid JSON ({e.msg})") from None
+    except (OSError, ValueError, RecursionError) as e:   # ValueError: not UTF-8, or a number of thousands of digits
+        raise InputError(f"{path}: cannot be read ({getattr(e, 'strerror', None) or e})") from None

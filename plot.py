@@ -24,14 +24,13 @@ def fail(message):
 
 
 def read_run(folder):
-    """(label, metrics by step) of a run's folder."""
+    """The lines of a run's metrics."""
     path = os.path.join(folder, "metrics.jsonl")
     try:
         with open(path, encoding="utf-8") as f:
-            rows = [json.loads(line) for line in f if line.endswith("\n")]  # the last line may still be in the writing
+            return [json.loads(line) for line in f if line.endswith("\n")]  # the last line may still be in the writing
     except (OSError, ValueError) as e:
         fail(f"{folder}: not the folder of a run ({getattr(e, 'strerror', None) or e})")
-    return os.path.basename(os.path.abspath(folder)), rows
 
 
 def elapsed(rows):
@@ -87,22 +86,24 @@ def main():
     import matplotlib.pyplot as plt
 
     runs, panels = {}, PANELS[:args.panels]
-    for label, rows in map(read_run, args.runs):
-        runs.setdefault(re.sub(r"-seed\d+$", "", label) if args.seeds else label, []).append(rows)
+    names = [os.path.basename(os.path.abspath(folder)) for folder in args.runs]
+    for folder, name in zip(args.runs, names):
+        label = re.sub(r"-seed\d+$", "", name) if args.seeds else name if names.count(name) == 1 else os.path.relpath(folder)
+        runs.setdefault(label, []).append(read_run(folder))
     columns = min(3, len(panels))
     plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "gcpo"})
     figure, axes = plt.subplots(-(-len(panels) // columns), columns, squeeze=False, constrained_layout=True,
                                 figsize=(4.2 * columns + 2 * (columns == 1), 2.9 * -(-len(panels) // columns)))
     for ax, (title, metric, is_share) in zip(axes.flat, panels):
         for i, (label, of_seeds) in enumerate(runs.items()):
-            curves = [c for rows in of_seeds if (c := curve(rows, metric, args.smooth))]
-            if not curves:
+            measured = [(c, elapsed(rows)) for rows in of_seeds if (c := curve(rows, metric, args.smooth))]
+            if not measured:
                 continue
+            curves, times = zip(*measured)
             points = over_seeds(curves) if len(curves) > 1 else curves[0]
             if not points:
                 continue
             if args.x == "seconds":
-                times = [elapsed(rows) for rows in of_seeds]
                 x = [statistics.mean(t[step] for t in times) for step in points]
             else:
                 x = list(points)

@@ -12,7 +12,7 @@ state to save. (In bf16 kernels round by shape: then only the statistics agree.)
 
     python sampler.py --model DIR --data FILE --samples 8 --temperature 1.0 --out completions.jsonl
 
-Letters: R rows in flight, B prompts in flight, G rows of a group, P prompt length, T response length, H query heads,
+Letters: n rows in flight, B prompts in flight, G rows of a group, P prompt length, T response length, H query heads,
 K key/value heads, S = H / K query heads that share a key head, d head size, V vocabulary.
 """
 from __future__ import annotations
@@ -97,34 +97,34 @@ class Batch:
     writes lies in fixed tensors on the device, so that a GPU can repeat a recorded step; what the host needs to know, it
     keeps for itself.
     """
-    def __init__(self, model: Transformer, rows: int, seats: int, group_size: int, max_new_tokens: int, select, stop_ids: list[int]):
+    def __init__(self, model: Transformer, max_rows: int, max_seats: int, group_size: int, max_new_tokens: int, select, stop_ids: list[int]):
         c, like = model.config, model.embed_tokens.weight
         K, d, device = c.num_key_value_heads, c.head_dim, like.device
-        self.model, self.device, self.select, self.K, self.G, self.R, self.B = model, device, select, K, group_size, rows, seats
+        self.model, self.device, self.select, self.K, self.G, self.max_rows, self.max_seats = model, device, select, K, group_size, max_rows, max_seats
         # Caches are as long as what is in flight, rounded up, and widths on a GPU change rarely: for each a step is recorded.
         on_gpu = device.type == "cuda"
         self.columns, self.row_unit, self.seat_unit = (CACHE_COLUMNS["cuda"], 32, 8) if on_gpu else (CACHE_COLUMNS["cpu"], 1, 1)
         cache = lambda *shape: [torch.empty(shape, dtype=like.dtype, device=device) for _ in range(c.num_hidden_layers)]
-        self.prompt_k, self.prompt_v = cache(seats, K, d, 0), cache(seats, K, 0, d)
-        self.k, self.v = cache(rows, K, d, 0), cache(rows, K, 0, d)
+        self.prompt_k, self.prompt_v = cache(max_seats, K, d, 0), cache(max_seats, K, 0, d)
+        self.k, self.v = cache(max_rows, K, d, 0), cache(max_rows, K, 0, d)
         column = lambda *shape, dtype=torch.int64: torch.zeros(shape, dtype=dtype, device=device)
         self.stop_ids = torch.tensor(sorted(stop_ids), dtype=torch.int64, device=device)
-        self.prompt_length = column(seats + 1)                               # (B + 1,); the last is the seat of rows not alive
-        self.slot, self.length = column(rows) + seats * group_size, column(rows)    # (R,) seat · G + place, tokens so far
-        self.ended = column(rows, dtype=torch.bool)
-        self.tokens, self.logprobs = column(rows, max_new_tokens), column(rows, max_new_tokens, dtype=torch.float32)
-        self.uniforms = column(rows, max_new_tokens, dtype=torch.float64)
+        self.prompt_length = column(max_seats + 1)                           # of each seat; the last is that of rows not alive
+        self.slot, self.length = column(max_rows) + max_seats * group_size, column(max_rows)    # of each row: seat · G + place, tokens so far
+        self.ended = column(max_rows, dtype=torch.bool)
+        self.tokens, self.logprobs = column(max_rows, max_new_tokens), column(max_rows, max_new_tokens, dtype=torch.float32)
+        self.uniforms = column(max_rows, max_new_tokens, dtype=torch.float64)
         # On the host: steps so far; per row its (prompt, place) and the step it entered at; per seat its rows alive and P.
         self.now, self.owner, self.entered, self.members, self.prompt_lengths = 0, [], [], [], []
         self.graphs, self.pool = {}, torch.cuda.graph_pool_handle() if on_gpu else None
 
     @property
-    def n(self) -> int:
+    def n_rows(self) -> int:
         """Rows alive."""
         return len(self.owner)
 
     @property
-    def seats(self) -> int:
+    def n_seats(self) -> int:
         """Prompts in flight."""
         return len(self.members)
 
@@ -163,7 +163,7 @@ class Batch:
     def prefill(self, owners: list[int], prompts: list[Tensor], uniforms: Tensor):
         """Seat prompts (P,) that wait: run each once, and start its G rows with their first token. uniforms (rows, T)."""
         prefix, P = encode_prompts(self.model, prompts), max(len(p) for p in prompts)
-        seats, rows = slice(self.seats, self.seats + len(prompts)), slice(self.n, self.n + len(uniforms))
+        seats, rows = slice(self.n_seats, self.n_seats + len(prompts)), slice(self.n_rows, self.n_rows + len(uniforms))
         self.prompt_lengths += [len(p) for p in prompts]
         self.fit(self.prompt_k, self.prompt_v, max(self.prompt_lengths))
         for layer, (k, v) in enumerate(zip(prefix.keys, prefix.values)):     # (B, K, P, d) each
@@ -182,8 +182,8 @@ class Batch:
         On a GPU the launches of a step cost more than its work. So a step runs once as it stands, for warming up, then it is
         recorded as a CUDA graph and repeated; rows and seats are rounded up, and what is too much is computed and never read."""
         self.fit(self.k, self.v, self.longest + steps - 1)
-        self.length[self.n:] = 1                                             # rows not alive count on as well: they must not outrun the cache
-        sizes = [min(-(-n // unit) * unit, most) for n, unit, most in ((self.n, self.row_unit, self.R), (self.seats, self.seat_unit, self.B))]
+        self.length[self.n_rows:] = 1                                             # rows not alive count on as well: they must not outrun the cache
+        sizes = [min(-(-n // unit) * unit, most) for n, unit, most in ((self.n_rows, self.row_unit, self.max_rows), (self.n_seats, self.seat_unit, self.max_seats))]
         key = (*sizes, self.prompt_k[0].shape[3])
         for _ in range(steps):
             if self.pool is None or key not in self.graphs:
@@ -203,18 +203,18 @@ class Batch:
         row, at, slot = torch.arange(n, device=self.device), self.length[:n] - 1, self.slot[:n]   # at: the token to run, not yet in the cache
         seat = slot // G
         prompt_length = self.prompt_length[seat]
-        steps = torch.arange(max(P, T), device=self.device)
-        absent = torch.cat([steps[:P] >= prompt_length[:, None], steps[:T] > at[:, None]], dim=1)  # (n, P + T)
+        column = torch.arange(max(P, T), device=self.device)
+        absent = torch.cat([column[:P] >= prompt_length[:, None], column[:T] > at[:, None]], dim=1)  # (n, P + T)
         bias = torch.zeros(absent.shape, device=self.device).masked_fill(absent, float("-inf"))[:, None, None]   # (n, 1, 1, P + T)
 
         # The rows of a prompt stand below each other in a grid of B seats × G places, so that one product (G·S, d) @ (d, P)
         # reads its keys for all of them, and nothing is copied for each row. What the places of other rows hold is not read.
         heads = torch.arange(K, device=self.device)
-        row_at = torch.zeros(self.B * G + 1, dtype=torch.int64, device=self.device).index_copy(0, slot, row)[:B * G]
-        to_grid = (row_at.view(B, 1, G) * K + heads[:, None]).flatten()                            # (B·K·G,) in n·K
-        to_rows = ((seat.clamp(max=B - 1)[:, None] * K + heads) * G + slot[:, None] % G).flatten()  # (n·K,) in B·K·G
-        grid = lambda x: x.reshape(n * K, -1).index_select(0, to_grid)      # (n, K, S, m) -> (B·K·G, S·m)
-        rows = lambda x: x.view(B * K * G, -1).index_select(0, to_rows)     # (B, K, G·S, m) -> (n·K, S·m)
+        row_at = torch.zeros(self.max_seats * G + 1, dtype=torch.int64, device=self.device).index_copy(0, slot, row)[:B * G]
+        into = (row_at.view(B, 1, G) * K + heads[:, None]).flatten()                            # (B·K·G,) in n·K
+        back = ((seat.clamp(max=B - 1)[:, None] * K + heads) * G + slot[:, None] % G).flatten()  # (n·K,) in B·K·G
+        grid = lambda x: x.reshape(n * K, -1).index_select(0, into)         # (n, K, S, m) -> (B·K·G, S·m)
+        ungrid = lambda x: x.view(B * K * G, -1).index_select(0, back)      # (B, K, G·S, m) -> (n·K, S·m)
 
         def attend(layer, q, k, v):
             """q (n, H, 1, d), k and v (n, K, 1, d) -> (n, H, 1, d): each row reads its prompt and its own past."""
@@ -222,14 +222,14 @@ class Batch:
             keys[row, :, :, at], values[row, :, at] = k[:, :, 0], v[:, :, 0]
             q = q.reshape(n, K, -1, d)                                                             # (n, K, S, d)
             S = q.shape[2]
-            to_prompt = rows(grid(q).view(B, K, G * S, d) @ self.prompt_k[layer][:B]).view(n, K, S, P)
+            to_prompt = ungrid(grid(q).view(B, K, G * S, d) @ self.prompt_k[layer][:B]).view(n, K, S, P)
             scores = torch.cat([to_prompt, q @ keys], dim=-1)                                      # (n, K, S, P + T)
             weights = torch.add(bias, scores, alpha=d**-0.5).softmax(-1).to(q.dtype)
             on_prompt, on_own = weights[..., :P], weights[..., P:].contiguous()
-            out = rows(grid(on_prompt).view(B, K, G * S, P) @ self.prompt_v[layer][:B]).view(n, K, S, d)
+            out = ungrid(grid(on_prompt).view(B, K, G * S, P) @ self.prompt_v[layer][:B]).view(n, K, S, d)
             return (out + on_own @ values).view(n, -1, 1, d)
 
-        hidden = self.model(self.tokens[row, at][:, None], past=attend, positions=(prompt_length + at)[:, None])   # (n, 1, D)
+        hidden = self.model(self.tokens[row, at][:, None], attend=attend, positions=(prompt_length + at)[:, None])   # (n, 1, D)
         self.append(self.model.logits(hidden[:, 0]), slice(0, n))
 
     def leave(self, rows: list[int]):
@@ -237,7 +237,7 @@ class Batch:
         for slot in self.slot[rows].tolist():
             self.members[slot // self.G] -= 1
         gone = set(rows)
-        kept = [row for row in range(self.n) if row not in gone]
+        kept = [row for row in range(self.n_rows) if row not in gone]
         n = len(kept)
         holes, movers = [row for row in rows if row < n], [row for row in kept if row >= n]
         if holes:
@@ -247,10 +247,10 @@ class Batch:
             for hole, mover in zip(holes, movers):
                 self.owner[hole], self.entered[hole] = self.owner[mover], self.entered[mover]
         self.owner, self.entered = self.owner[:n], self.entered[:n]
-        self.slot[n:] = self.B * self.G
-        for seat in reversed(range(self.seats)):
+        self.slot[n:] = self.max_seats * self.G
+        for seat in reversed(range(self.n_seats)):
             if self.members[seat] == 0:
-                last = self.seats - 1
+                last = self.n_seats - 1
                 if seat != last:
                     for cache in (*self.prompt_k, *self.prompt_v, self.prompt_length):
                         cache[seat] = cache[last]
@@ -296,8 +296,8 @@ def sample(model: Transformer, prompts: list[Tensor], group_size: int, max_new_t
 
     A response ends with the first of `stop_ids`, which belongs to it, or after `max_new_tokens`. `seed` is a number or a
     tuple; `prompt_ids` name the prompts' random streams (default: their places in the list), row g reading numbers g·T to
-    (g + 1)·T with T = `max_new_tokens`. `max_rows` bounds the
-    rows in flight, but a group stays whole. `progress(tokens)` is called as a row ends. Logprobs are those of softmax(logits / temperature).
+    (g + 1)·T with T = `max_new_tokens`. `max_rows` bounds the rows in flight, but a group stays whole.
+    `progress(tokens)` is called as a row ends. Logprobs are those of softmax(logits / temperature).
     """
     G, ids = group_size, list(range(len(prompts)) if prompt_ids is None else prompt_ids)
     if not prompts:
@@ -322,17 +322,17 @@ def run_to_the_end(model, prompts, ids, G, max_new_tokens, select, stop_ids, see
     """The loop of `sample`: for each prompt, the (tokens, logprobs, finished) of its G rows."""
     longest = max(len(p) for p in prompts)
     rows = min(len(prompts), max(1, (max_rows or rows_that_fit(model, G, longest, max_new_tokens)) // G)) * G
-    seats = min(len(prompts), 2 * rows // G)               # more than G rows each would fill: a prompt may be down to its last row
+    seats = min(len(prompts), 2 * rows // G)               # twice the prompts that fill the rows: one keeps its seat until its last row has ended
     batch = Batch(model, rows, seats, G, max_new_tokens, select, stop_ids)
     check_every = 1 if batch.device.type == "cpu" else 16  # asking a GPU whether a row has ended makes it wait for us
     stops = batch.stop_ids.cpu()
     responses = [[None] * G for _ in prompts]              # (tokens, logprobs, finished) of each row, once it has ended
     waiting, seen = deque(range(len(prompts))), Counter()
 
-    while batch.n or waiting:
-        while waiting and batch.n + G <= rows and batch.seats < seats:
+    while batch.n_rows or waiting:
+        while waiting and batch.n_rows + G <= rows and batch.n_seats < seats:
             entering = []
-            room = min((rows - batch.n) // G, seats - batch.seats)
+            room = min((rows - batch.n_rows) // G, seats - batch.n_seats)
             while waiting and len(entering) < room and (not entering or (len(entering) + 1) * max(len(prompts[i]) for i in [*entering, waiting[0]]) <= PREFILL_TOKENS):
                 entering.append(waiting.popleft())
             uniforms = []
@@ -342,8 +342,8 @@ def run_to_the_end(model, prompts, ids, G, max_new_tokens, select, stop_ids, see
                 seen[ids[i]] += 1
             batch.prefill(entering, [prompts[i] for i in entering], torch.cat(uniforms))
 
-        ended = batch.ended[:batch.n].tolist()
-        leaving = [row for row in range(batch.n) if ended[row] or batch.count(row) == max_new_tokens]
+        ended = batch.ended[:batch.n_rows].tolist()
+        leaving = [row for row in range(batch.n_rows) if ended[row] or batch.count(row) == max_new_tokens]
         for row in leaving:
             tokens = batch.tokens[row, :batch.count(row)].to("cpu", copy=True)  # the next row will be written over this one
             stop = torch.isin(tokens, stops).nonzero().flatten()
@@ -385,8 +385,9 @@ def complete(model: Transformer, problems: list[Problem], tokenizer: Tokenizer, 
         group, records = grade_group(group, problem, tokenizer, reward, correct_at), []
         for ids, n, finished, r, ok in zip(group.responses, group.lengths.tolist(), group.finished.tolist(), group.rewards.tolist(), group.correct.tolist()):
             text = tokenizer.decode(ids[:n])
-            records.append({"response": text, "answer": extract_answer(text), "correct": ok, "reward": r, "finished": finished, "tokens": n,
-                            "correct_by_last_number": ok or (extract_answer(text) is None and last_number(text) == canonical(problem.answer))})
+            answer = extract_answer(text)
+            records.append({"response": text, "answer": answer, "correct": ok, "reward": r, "finished": finished, "tokens": n,
+                            "correct_by_last_number": ok or (answer is None and last_number(text) == canonical(problem.answer))})
         completions.append(records)
     return completions
 

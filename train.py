@@ -114,7 +114,7 @@ def next_problems(count: int, size: int, state: dict, seed: int) -> list[int]:
     while len(chosen) < count:
         dropped = set(state["dropped"])
         order = [i for i in random.Random(f"{seed}/{state['epoch']}").sample(range(size), size) if i not in dropped]
-        if state["taken"] >= len(order):    # only now, when it is known what the pass's last problems came to
+        if state["taken"] >= len(order):    # only now, when it is known what the pass's last problems came to, but for those of this very step
             state |= {"epoch": state["epoch"] + 1, "taken": 0, "dropped": state["solved"] if len(state["solved"]) < size else []}
             continue
         part = order[state["taken"]:state["taken"] + count - len(chosen)]
@@ -207,7 +207,7 @@ def passes(items: list[Item], config: Config) -> list[list[Item]]:
     return [items[i:i + size] for i in range(0, len(items), size)]
 
 
-def table(xs: list[torch.Tensor]) -> torch.Tensor:
+def stack_rows(xs: list[torch.Tensor]) -> torch.Tensor:
     """Tensors (N_i, T_i) below each other, right-padded to the widest."""
     width = max(x.shape[1] for x in xs)
     return torch.cat([torch.nn.functional.pad(x, (0, width - x.shape[1])) for x in xs])
@@ -218,8 +218,8 @@ def row_passes(items: list[Item], config: Config, device: torch.device):
     `owner` is the group a row belongs to."""
     groups = [i.group for i in items]
     rows = {name: torch.cat([getattr(g, name) for g in groups]) for name in ("lengths", "is_gold")}
-    rows |= {name: table([getattr(g, name) for g in groups]) for name in ("responses", "logprobs", "mask")}
-    rows |= {name: table([getattr(i, name) for i in items]) for name in ("old_logprobs", "ref_logprobs") if getattr(items[0], name) is not None}
+    rows |= {name: stack_rows([getattr(g, name) for g in groups]) for name in ("responses", "logprobs", "mask")}
+    rows |= {name: stack_rows([getattr(i, name) for i in items]) for name in ("old_logprobs", "ref_logprobs") if getattr(items[0], name) is not None}
     rows["advantages"] = torch.cat([i.advantages for i in items])
     rows["owner"] = torch.arange(len(items)).repeat_interleave(torch.tensor([len(g.lengths) for g in groups]))
     for part in torch.arange(len(rows["lengths"])).split(config.rows_per_pass):
@@ -264,7 +264,7 @@ def score(policy: Transformer, items: list[Item], config: Config, temperature: f
         if len(parts) > 1:
             prompts = encode_prompts(policy, prompts)
         parts = [score_responses(policy, prompts, rows["owner"], rows["responses"], rows["lengths"], temperature)[0].cpu() for rows in parts]
-        for item, logprobs in zip(batch, table(parts).split([len(i.group.lengths) for i in batch])):
+        for item, logprobs in zip(batch, stack_rows(parts).split([len(i.group.lengths) for i in batch])):
             T = item.group.responses.shape[1]
             scores.append(torch.nn.functional.pad(logprobs, (0, max(0, T - logprobs.shape[1])))[:, :T])
     return scores
@@ -363,7 +363,7 @@ def train(config: Config, algorithm: Algorithm, model: Transformer, compute: Tra
     reference = load_model(config.model, compute.norm.weight.device, compute.norm.weight.dtype) if algorithm.needs_reference else None
     start = [local(p).to(torch.bfloat16, copy=True) for p in model.parameters()]
 
-    def evaluated(step):
+    def measure(step):
         metrics = evaluation(compute, held_out, tokenizer, config, reward)
         if metrics and first:
             tqdm.write(f"step {step}: held-out accuracy {metrics['eval/mean']:.1%}")
@@ -377,7 +377,7 @@ def train(config: Config, algorithm: Algorithm, model: Transformer, compute: Tra
         if state["step"] == config.steps:
             save_model(model, os.path.join(config.out, "model"), tokenizer_files, write=first)
     else:
-        metrics = evaluated(0)
+        metrics = measure(0)
         log("metrics", {"step": 0, **metrics})
         before = metrics.get("eval/mean")
         state = {"step": 0, "before": before, "after": before, "best": None, "best_step": None, "bad_steps": 0,
@@ -407,7 +407,7 @@ def train(config: Config, algorithm: Algorithm, model: Transformer, compute: Tra
         if last:
             save_model(model, os.path.join(config.out, "model"), tokenizer_files, write=first)
         if due(config.eval_every):
-            metrics |= evaluated(step + 1)
+            metrics |= measure(step + 1)
             state["after"] = metrics.get("eval/mean")
             if state["after"] is not None and (state["best"] is None or state["after"] > state["best"]):
                 state |= {"best": state["after"], "best_step": step + 1}
@@ -470,7 +470,7 @@ def put_together(step: int, rollouts: list[Group], items: list[Item], sums: Coun
 def rollout_numbers(rollouts: list[Group], items: list[Item]) -> dict[str, list[float]]:
     """One number per group, of the rollouts as sampled, before any gold took a place; and whether it did."""
     of = lambda f, groups: [float(f(g)) for g in groups]
-    return {"gold": of(lambda i: i.group.is_gold.any(), items), "reward": of(lambda g: g.rewards.mean(), rollouts), 
+    return {"gold": of(lambda i: i.group.is_gold.any(), items), "reward": of(lambda g: g.rewards.mean(), rollouts),
             "right": of(lambda g: g.correct.float().mean(), rollouts), "length": of(lambda g: g.lengths.float().mean(), rollouts), "cut": of(lambda g: 1 - g.finished.float().mean(), rollouts)}
 
 
@@ -556,7 +556,7 @@ def show(config: Config, algorithm: Algorithm, model: Transformer, compute: Tran
     row_mean = lambda x: (torch.where(mask, x, 0.0).sum(1) / group.lengths).tolist()
     ratio = lambda logprobs: row_mean(importance_ratio(logprobs, before, mask, group.is_gold, algorithm)[0])
 
-    print(f"\nquestion   {item.problem.question}\nreference  {item.problem.answer}\nprompt     {len(group.prompt)} tokens, never trained on\n")
+    print(f"\nquestion   {item.problem.question}\nreference  {item.problem.answer}\nprompt     {len(group.prompt)} tokens, not part of the loss\n")
     print(f"{'':18}{'before the step':>44}{'after it':>20}\n{'row':>4}{'':6}{'tokens':>8}{'reward':>9}{'advantage':>11}"
           + f"{'log p/token':>13}{'ratio':>9}" * 2)
     columns = (group.is_gold.tolist(), group.lengths.tolist(), group.rewards.tolist(), item.advantages.tolist(),
@@ -567,7 +567,7 @@ def show(config: Config, algorithm: Algorithm, model: Transformer, compute: Tran
             if algorithm.objective == "pairs" else "about 0 for a mean over rows, as ratios are 1 and advantages add up to 0")
     print("\nno contrast: every advantage is 0, and there is no step" if norm is None else
           f"\nloss {sums['loss']:.4f} ({hint}), gradient norm {norm:.3g}, learning rate {config.lr:g} (in training it is warmed up to)")
-    print("\nresponses, token by token; · is padding, which the mask leaves out, and the end token is not")
+    print("\nresponses, token by token; · is padding, which the mask leaves out (the end token counts)")
     for row, (ids, kept) in enumerate(zip(group.responses, mask)):
         words = [json.dumps(tokenizer.tokenizer.decode([int(t)], skip_special_tokens=False), ensure_ascii=False)[1:-1] for t in ids[kept]]
         print(f"{row:4}{' gold' if group.is_gold[row] else ''}  {'|'.join(words)}{'·' * int((~kept).sum())}")
@@ -952,6 +952,7 @@ def last_words(config: Config, algorithm: Algorithm, before: float | None, after
         evaluate_it = [python, "sampler.py", "--model", model_folder, "--data", config.eval_data, "--max-new-tokens", str(config.max_new_tokens)]
         evaluate_it += ["--instruction", config.instruction] if config.instruction is not None else []
         evaluate_it += ["--answer-format", "boxed"] if config.answer_format == "boxed" else []
+        evaluate_it += ["--reward", config.reward, "--correct-at", str(config.correct_at)] if config.reward else []
         print(f"evaluate {shlex.join(evaluate_it)}")
     if toy:
         other = "grpo" if algorithm.name != "grpo" else "gcpo"

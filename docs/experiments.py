@@ -1,7 +1,7 @@
 """The experiments of docs/results.md, on the toy: python docs/experiments.py toy|ablations|regimes|golds|real [--jobs 2] [--seeds 3]
 
 Each arm is one train.py command in a process of its own, with one thread, `--jobs` of them at a time. What has finished is
-not run again and what was cut off goes on (--resume), so the same command may be given as often as one likes. Prints a table
+not run again and what was cut off goes on from its last checkpoint, if it has one (these runs write one at a new best evaluation), so the same command may be given as often as one likes. Prints a table
 in Markdown when all is there, and leaves thinned logs in docs/runs/EXPERIMENT, from which `plot.py` draws. `real` only makes the table of
 what docs/run_real.sh has run.
 """
@@ -24,7 +24,7 @@ sys.path.insert(0, ROOT)
 from data import load_tokenizer, prepare, read_problems  # noqa: E402
 from gcpo import ALGORITHMS  # noqa: E402
 from model import load_model  # noqa: E402
-from plot import elapsed  # noqa: E402
+from plot import elapsed, read_run  # noqa: E402
 from sampler import evaluate  # noqa: E402
 from train import TOY, TOY_NAMES, build_toy, toy_problem  # noqa: E402
 
@@ -38,17 +38,18 @@ BLOCK = 5  # steps that a thinned log averages
 
 def finish(out, flags):
     """One run, from wherever it is. Returns its log's rows."""
-    if not os.path.isfile(os.path.join(out, "model", "config.json")):
+    log = lambda: read_run(out) if os.path.isfile(os.path.join(out, "metrics.jsonl")) else []
+    steps = int(flags[len(flags) - 1 - flags[::-1].index("--steps") + 1]) if "--steps" in flags else TOY["steps"]
+    if not log() or log()[-1]["step"] < steps:
         if not os.path.isfile(os.path.join(out, "run.json")):
             shutil.rmtree(out, ignore_errors=True)  # cut off before there was anything to go on with
         command = [sys.executable, os.path.join(ROOT, "train.py"), "--threads", "1", "--save-every", "0", "--out", out, *flags]
         done = subprocess.run(command + ["--resume"] * os.path.isdir(out), capture_output=True, text=True)
         if done.returncode:
-            sys.exit(f"{shlex.join(command)}\n{done.stderr[-2000:]}")
+            raise RuntimeError(f"{shlex.join(command)}\n{done.stderr[-2000:]}")
         print(f"  {os.path.basename(out)}", file=sys.stderr, flush=True)
         shutil.rmtree(os.path.join(out, "checkpoints"), ignore_errors=True)
-    with open(os.path.join(out, "metrics.jsonl")) as f:
-        return [json.loads(line) for line in f]
+    return log()
 
 
 def run_all(name, arms, args):
@@ -56,7 +57,11 @@ def run_all(name, arms, args):
     folder = lambda arm, seed: os.path.join(args.work, name, f"{arm}-seed{seed}")
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
         runs = {arm: [pool.submit(finish, folder(arm, seed), [*flags, "--seed", str(seed)]) for seed in range(args.seeds)] for arm, flags in arms.items()}
-        runs = {arm: [run.result() for run in of_seeds] for arm, of_seeds in runs.items()}
+        try:
+            runs = {arm: [run.result() for run in of_seeds] for arm, of_seeds in runs.items()}
+        except RuntimeError as e:       # not after all the others
+            pool.shutdown(cancel_futures=True)
+            sys.exit(str(e))
     for arm, of_seeds in runs.items():
         for seed, rows in enumerate(of_seeds):
             thin(rows, os.path.join(ROOT, "docs", "runs", name, f"{arm}-seed{seed}"))
@@ -169,8 +174,8 @@ def locks(rng, carry):
 
 
 HELD_OUT = {"easy": 24, "hard": 200}  # locks of each kind
-REGIME = ["--instruction", "", "--dtype", "float32", "--group-size", "8", "--prompts", "16", "--max-new-tokens", "48", "--updates", "4", "--lr", "1e-3", "--lr-end", "0.1",
-          "--warmup", "5", "--steps", "150", "--rows-per-pass", "128", "--eval-every", "0", "--eval-limit", "0"]
+REGIME = ["--instruction", "", "--dtype", "float32", "--group-size", "8", "--prompts", "16", "--max-new-tokens", "48", "--updates", "4", "--lr-end", "0.1", "--steps", "150",
+          "--rows-per-pass", "128"]
 
 
 def regime_files(folder):
@@ -233,8 +238,7 @@ def regimes(args):
     table(["gold's style", "problems", "arm", "learning rate", "easy", "hard", "tokens (easy)", "seconds"], rows)
 
 
-GOLDS = ["--instruction", "", "--dtype", "float32", "--steps", "240", "--prompts", "32", "--group-size", "4", "--max-new-tokens", "48", "--updates", "4", "--lr", "2.5e-3",
-         "--lr-end", "0.05", "--warmup", "10", "--eval-every", "25", "--eval-limit", "0", "--rows-per-pass", "64"]      # the toy's, with room for longer gold
+GOLDS = [word for name, value in {**TOY, "max_new_tokens": 48}.items() if name != "threads" for word in ("--" + name.replace("_", "-"), str(value))]  # room for longer gold
 
 
 def golds(args):
@@ -288,8 +292,7 @@ def real(args):
     rows = []
     for arm in sorted(os.listdir(args.work)):
         if os.path.isfile(os.path.join(args.work, arm, "metrics.jsonl")):
-            with open(os.path.join(args.work, arm, "metrics.jsonl")) as f:
-                log = [json.loads(line) for line in f]
+            log = read_run(os.path.join(args.work, arm))
             thin(log, os.path.join(ROOT, "docs", "runs", "real", arm))
             part = [r for r in log if "groups/all_wrong" in r] or [{}]
             at = lambda rows, key: f"{statistics.mean(r[key] for r in rows):.0%}" if key in rows[0] else ""

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every arm on a real model, from the same weights, and the table: docs/run_real.sh MODEL TRAIN.jsonl HELD_OUT.jsonl [MORE.jsonl …]
+# Several algorithms on a real model, from the same weights, and the table: docs/run_real.sh MODEL TRAIN.jsonl HELD_OUT.jsonl [MORE.jsonl …]
 #
 # What is finished is skipped and what was cut off goes on, so it may be stopped and started at will; two of it, with different ARMS, may run
 # side by side. By environment:
@@ -14,7 +14,7 @@
 #   PYTHON    the interpreter                              (.venv/bin/python)
 set -euo pipefail
 cd "$(dirname "$0")/.."
-[ $# -ge 3 ] || { sed -n 2,15p "$0"; exit 2; }
+[ $# -ge 3 ] || { sed -n 2,14p "$0"; exit 2; }
 [ "$(printf '%s\n' "${@:3}" | xargs -n1 basename | sort | uniq -d)" = "" ] || { echo "error: two files of one name; rename one" >&2; exit 2; }
 model=$1 train=$2 held_out=$3 sets=("${@:3}")
 python=${PYTHON:-.venv/bin/python} work=${WORK:-runs/real}
@@ -35,7 +35,7 @@ for seed in ${SEEDS:-0}; do
   for arm in ${ARMS:-sft grpo dapo gspo srpo luffy dpo gcpo sft_gcpo}; do
     algo=${arm%%:*} more=FLAGS_${arm%%:*} steps=${STEPS:-200} name="${arm/:/-}-seed$seed" out="$work/${arm/:/-}-seed$seed"
     [ "$algo" = "$arm" ] || steps=${arm##*:}
-    if [ ! -f "$out/model/config.json" ]; then
+    if ! grep -qs "^{\"step\": $steps," "$out/metrics.jsonl"; then    # its last line is written after its model
       resume=; if [ -f "$out/run.json" ]; then resume=--resume; else rm -rf "$out"; fi
       # shellcheck disable=SC2086
       $python train.py --model "$model" --data "$train" --eval-data "$held_out" --algo "$algo" --seed "$seed" --steps "$steps" --out "$out" $resume \
