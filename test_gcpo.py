@@ -1,4 +1,4 @@
-"""What gcpo.py promises, each promise against something we did not write. Meant to be read.
+"""What gcpo.py promises, each promise against numbers of others, a published formula, or the plain way of computing it. Meant to be read.
 
 Every test forbids one bug of the kinds found in published code; its docstring says which. The heavy tests
 (transformers' logits, samplers, broken files, whole runs) live in tests/.
@@ -118,7 +118,8 @@ def test_kl_estimate_is_the_kl_divergence():
 
 @pytest.mark.parametrize("name", [n for n in ALGORITHMS])
 def test_gradient_equals_finite_differences(name):
-    """Forbids a gradient that is not the loss's: a detached ratio, a mask applied on one side, a wrong clip branch."""
+    """Forbids a gradient that is not the loss's: something detached, or a branch that only the gradient takes. (That the loss is right,
+    the golden numbers say.)"""
     algorithm = with_kl(name)
     generator = torch.Generator().manual_seed(3)
     old = -torch.rand(3, 4, dtype=torch.float64, generator=generator) * 3
@@ -259,7 +260,7 @@ def test_with_one_update_the_ratio_switches_change_nothing(switch, value):
 
 
 def test_never_gold_is_gspo():
-    """Forbids a GCPO that is something else where gold is switched off: every field but the names is GSPO's, bit for bit."""
+    """Forbids a GCPO that is something else where gold is switched off: loss and gradient are GSPO's, bit for bit."""
     never, gspo = replace(ALGORITHMS["gcpo"], gold_when="never"), ALGORITHMS["gspo"]
     for old in (OLD, None):
         assert torch.equal(gradient_of(never, old=old), gradient_of(gspo, old=old))
@@ -333,11 +334,15 @@ def test_substitution_makes_a_whole_row_and_a_new_group(gold):
 
 
 def test_lone_gold_weighs_as_much_as_all_failures():
-    """Forbids a weight that group size or aggregation distorts: with G = 8 the gold's pull at ratio 1 equals that of the seven wrong rows together."""
-    advantages = group_advantages(torch.tensor([1.0] + [0.0] * 7))
-    logprobs, mask = torch.full((8, 6), -1.0), torch.ones(8, 6, dtype=torch.bool)
-    weight = gradient_of(ALGORITHMS["gcpo"], logprobs, None, advantages=advantages, mask=mask, is_gold=advantages > 0).sum(1)
-    assert weight[0].item() == pytest.approx(-weight[1:].sum().item(), rel=1e-5)
+    """Forbids a weight that length distorts: at ratio 1 a long gold's pull equals that of the short wrong rows together, and a mean over tokens
+    in its place shows."""
+    for size in (4, 8, 16):
+        advantages = group_advantages(torch.tensor([1.0] + [0.0] * (size - 1)))
+        logprobs, mask = torch.full((size, 6), -1.0), torch.arange(6) < torch.tensor([[6]] + [[2]] * (size - 1))
+        pull = lambda algorithm: gradient_of(algorithm, logprobs, None, advantages=advantages, mask=mask, is_gold=advantages > 0).sum(1)
+        weight, by_tokens = pull(ALGORITHMS["gcpo"]), pull(replace(ALGORITHMS["gcpo"], aggregation="token_mean"))
+        assert weight[0].item() == pytest.approx(-weight[1:].sum().item(), rel=1e-5)
+        assert by_tokens[0].item() == pytest.approx(-3 * by_tokens[1:].sum().item(), rel=1e-5)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -406,7 +411,7 @@ def test_gradient_does_not_depend_on_passes_or_order(tiny, settings):
 
 
 def test_a_step_on_gold_raises_its_probability(tiny):
-    """Forbids a gold row without gradient (one that counts as its own π_old, clipped at once), or pushed down."""
+    """Forbids a gold row without gradient, or pushed down."""
     model, items = tiny(), some_items(count=2)
     group = items[1].group
     gold = group.is_gold.nonzero().item()
