@@ -1,9 +1,9 @@
 """The experiments of docs/results.md, on the toy: python docs/experiments.py toy|ablations|regimes|golds|real [--jobs 2] [--seeds 3]
 
 Each arm is one train.py command in a process of its own, with one thread, `--jobs` of them at a time. What has finished is
-not run again and what was cut off goes on from its last checkpoint, if it has one (these runs write one at a new best evaluation), so the same command may be given as often as one likes. Prints a table
-in Markdown when all is there, and leaves thinned logs in docs/runs/EXPERIMENT, from which `plot.py` draws. `real` only makes the table of
-what docs/run_real.sh has run.
+not run again and what was cut off goes on from its last checkpoint, if it has one (these runs write one at a new best evaluation),
+so the same command may be given as often as one likes. Prints a table in Markdown when all is there, and leaves thinned logs in
+docs/runs/EXPERIMENT, from which `plot.py` draws. `real` only makes the table of what docs/run_real.sh has run.
 """
 import argparse
 import concurrent.futures
@@ -68,7 +68,7 @@ def run_all(name, arms, args):
     return runs, {arm: [folder(arm, seed) for seed in range(args.seeds)] for arm in arms}
 
 
-def thin(rows, folder):
+def thin(rows, folder, more=()):
     """Leave a log of block means, small enough for the repository; evaluations stay as they are."""
     os.makedirs(folder, exist_ok=True)
     times, blocks = elapsed(rows), []
@@ -79,7 +79,7 @@ def thin(rows, folder):
     with open(os.path.join(folder, "metrics.jsonl"), "w") as f:
         for block in blocks:
             record = {"step": block[-1]["step"], "time/elapsed": round(block[-1]["time/elapsed"], 2)}
-            for key in KEPT:
+            for key in (*KEPT, *more):
                 if values := [r[key] for r in block if r.get(key) is not None]:
                     record[key] = float(f"{values[-1] if key.startswith('eval/') else statistics.mean(values):.4g}")
             f.write(json.dumps(record) + "\n")
@@ -293,7 +293,7 @@ def real(args):
     for arm in sorted(os.listdir(args.work)):
         if os.path.isfile(os.path.join(args.work, arm, "metrics.jsonl")):
             log = read_run(os.path.join(args.work, arm))
-            thin(log, os.path.join(ROOT, "docs", "runs", "real", arm))
+            thin(log, os.path.join(ROOT, "docs", "runs", "real", arm), ("eval/gold_logprob", "eval/no_answer", "eval/truncated", "length/truncated", "update/bf16_changed"))
             part = [r for r in log if "groups/all_wrong" in r] or [{}]
             at = lambda rows, key: f"{statistics.mean(r[key] for r in rows):.0%}" if key in rows[0] else ""
             third = max(1, len(part) // 3)
