@@ -735,6 +735,27 @@ def keep_freed_memory() -> None:
     mallopt(-1, 2**31 - 1)                    # M_TRIM_THRESHOLD: … and the heap keeps so much when it is free
 
 
+def heap_tidier():
+    """tidy(), to be called once a step, gives the memory that `keep_freed_memory` keeps back to the system whenever the process has
+    grown by a quarter since the step after the last time. Ragged tensors are of another size every time, so freed blocks fit
+    less and less: without it SmolLM2-135M grew from 4.3 to 9.7 GiB in 18 steps. Does nothing outside of Linux with glibc."""
+    try:
+        trim, page, limit = ctypes.CDLL("libc.so.6").malloc_trim, os.sysconf("SC_PAGE_SIZE"), None
+    except (OSError, AttributeError, ValueError):
+        return lambda: None
+
+    def tidy():
+        nonlocal limit
+        with open("/proc/self/statm") as f:
+            resident = int(f.read().split()[1]) * page
+        if limit is None:
+            limit = 1.25 * resident
+        elif resident > limit:
+            trim(0)
+            limit = None
+    return tidy
+
+
 def pick_device(name: str) -> torch.device:
     """`auto` is the first GPU if there is one."""
     if name == "auto":

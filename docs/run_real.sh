@@ -3,12 +3,12 @@
 #
 # What is finished is skipped and what was cut off goes on, so it may be stopped and started at will; two of it, with different ARMS, may run
 # side by side. By environment:
-#   ARMS      arms to run, "preset" or "preset:its steps"  (sft grpo dapo gspo srpo luffy dpo gcpo sft_gcpo)
+#   ARMS      arms to run                                  (sft grpo dapo gspo srpo luffy dpo gcpo sft_gcpo)
+#             each "preset", "preset:its steps" or "preset:its steps:flag=value,flag=value": gcpo:200:lr=5e-5
 #             (results go by the names of arms and files, so the files need different names)
 #   STEPS     steps of an arm that names none              (200)
 #   SEEDS     "0 1"                                        (0)
 #   FLAGS     of every training run                        (--prompts 16 --group-size 8 --max-new-tokens 512)
-#   FLAGS_ARM of one preset's besides: FLAGS_sft_gcpo="--sft-share 0.9"
 #   EVAL      of every evaluation                          (--samples 4 --max-new-tokens 512)
 #   WORK      where all of it lies                         (runs/real)
 #   PYTHON    the interpreter                              (.venv/bin/python)
@@ -33,13 +33,13 @@ evaluate() {    # evaluate NAME MODEL_FOLDER: on every set, each result a file t
 evaluate base "$model"
 for seed in ${SEEDS:-0}; do
   for arm in ${ARMS:-sft grpo dapo gspo srpo luffy dpo gcpo sft_gcpo}; do
-    algo=${arm%%:*} more=FLAGS_${arm%%:*} steps=${STEPS:-200} name="${arm/:/-}-seed$seed" out="$work/${arm/:/-}-seed$seed"
-    [ "$algo" = "$arm" ] || steps=${arm##*:}
+    IFS=: read -r algo steps flags <<< "$arm"
+    steps=${steps:-${STEPS:-200}} name="${arm//:/-}-seed$seed" out="$work/${arm//:/-}-seed$seed"
     if ! grep -qs "^{\"step\": $steps," "$out/metrics.jsonl"; then    # its last line is written after its model
       resume=; if [ -f "$out/run.json" ]; then resume=--resume; else rm -rf "$out"; fi
       # shellcheck disable=SC2086
       $python train.py --model "$model" --data "$train" --eval-data "$held_out" --algo "$algo" --seed "$seed" --steps "$steps" --out "$out" $resume \
-        ${FLAGS:---prompts 16 --group-size 8 --max-new-tokens 512} ${!more:-}
+        ${FLAGS:---prompts 16 --group-size 8 --max-new-tokens 512} ${flags:+--${flags//,/ --}}
     fi
     evaluate "$name" "$out/model"
   done

@@ -262,10 +262,10 @@ def test_grading_is_fast():
             "answer is " * 3000, "the answer is" + " :" * 10_000,
             "{" * 20_000, "\\boxed" + " " * 20_000, "\\boxed{1}" * 3000, "\\boxed{" * 2500]
     for row in rows:
-        start = time.perf_counter()
+        start = time.process_time()      # the machine may be busy
         assert grade(row, "18") == 0.0
         last_number(row)
-        assert time.perf_counter() - start < 1, f"{row[:20]!r}… took {time.perf_counter() - start:.1f} s"
+        assert time.process_time() - start < 1, f"{row[:20]!r}… took {time.process_time() - start:.1f} s"
 
 
 @st.composite
@@ -704,7 +704,7 @@ def test_hostile_templates(tmp_path, monkeypatch, template, says):
     tokenizer = load_tokenizer(make_folder(tmp_path, template_file=template))
     start = time.perf_counter()
     refusal(lambda: tokenizer.encode_prompt(Problem("Q?", "4")), "chat_template.jinja", says)
-    assert time.perf_counter() - start < 5
+    assert time.perf_counter() - start < 20     # on a busy machine, too
 
 
 def test_templates_see_neither_classes_nor_the_clock(tmp_path):

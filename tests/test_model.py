@@ -7,6 +7,8 @@ could be forgotten by the loader and nobody would see it.
 import glob
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -584,3 +586,28 @@ def test_entropy_has_no_gradient():
     hidden, weight, targets = some_linear()
     logprobs, entropy = linear_logprobs(hidden, weight, targets)
     assert logprobs.requires_grad and not entropy.requires_grad
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_freed_memory_goes_back_when_it_has_grown():
+    """Forbids a long run that fills the machine with gaps: freed blocks below one that lives are given back once the process has grown by a
+    quarter, and not before."""
+    code = """
+import torch
+from model import heap_tidier, keep_freed_memory
+keep_freed_memory()
+tidy = heap_tidier()
+resident = lambda: int(open("/proc/self/statm").read().split()[1]) * 4096 / 2**20
+tidy()                                                                  # the measure
+blocks = [torch.ones(2**18) for _ in range(1000)]                       # 1 MiB each
+last = torch.ones(2**18)
+before = resident()
+del blocks
+kept = resident()
+tidy()
+print(before - kept, kept - resident())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=os.path.dirname(model_module.__file__), timeout=120)
+    assert done.returncode == 0, done.stderr
+    kept, returned = map(float, done.stdout.split())
+    assert kept < 100 and returned > 800
