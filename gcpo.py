@@ -23,9 +23,9 @@ replaced, a sequence-level ratio, no KL. Each of the following is our choice, an
     gold_old     π_old of a text that π_old never sampled            scored by the policy before the update, so that
                                                                      its ratio starts at 1 like every other row's
     gold_shape   a transform of the gold's ratio                     none (LUFFY's is there to compare)
-    gold_clip    the gold's own upper clip range                     0.2: under GSPO's 4e-4 the gold would have no gradient
-                                                                     in any update of a batch but the first, which
-                                                                     moves it further than that
+    gold_clip    the gold's own upper clip range                     0.2: the first update of a batch often moves gold
+                                                                     further than GSPO's 4e-4, and the later ones
+                                                                     would then give it no gradient
     scale        division by the group's standard deviation          as in GRPO
     clip ranges  the sequence level's                                GSPO's 3e-4 and 4e-4
     aggregation  how token losses become one number                  mean over rows of token means, as in GSPO

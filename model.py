@@ -741,13 +741,14 @@ def heap_tidier():
     less and less: without it SmolLM2-135M grew from 4.3 to 9.7 GiB in 18 steps. Does nothing outside of Linux with glibc."""
     try:
         trim, page, limit = ctypes.CDLL("libc.so.6").malloc_trim, os.sysconf("SC_PAGE_SIZE"), None
+        statm = open("/proc/self/statm")
     except (OSError, AttributeError, ValueError):
         return lambda: None
 
     def tidy():
         nonlocal limit
-        with open("/proc/self/statm") as f:
-            resident = int(f.read().split()[1]) * page
+        statm.seek(0)
+        resident = int(statm.read().split()[1]) * page
         if limit is None:
             limit = 1.25 * resident
         elif resident > limit:

@@ -182,7 +182,7 @@ class Batch:
         On a GPU the launches of a step cost more than its work. So a step runs once as it stands, for warming up, then it is
         recorded as a CUDA graph and repeated; rows and seats are rounded up, and what is too much is computed and never read."""
         self.fit(self.k, self.v, self.longest + steps - 1)
-        self.length[self.n_rows:] = 1                                             # rows not alive count on as well: they must not outrun the cache
+        self.length[self.n_rows:] = 1                                        # rows not alive count on as well: they must not outrun the cache
         sizes = [min(-(-n // unit) * unit, most) for n, unit, most in ((self.n_rows, self.row_unit, self.max_rows), (self.n_seats, self.seat_unit, self.max_seats))]
         key = (*sizes, self.prompt_k[0].shape[3])
         for _ in range(steps):

@@ -932,7 +932,7 @@ def main():
         before, after = train(config, algorithm, model, compute, tokenizer, problems, held_out, reward, logger(config.out), checkpoint, heed_signals())
     except KeyboardInterrupt:
         if first:
-            saved = max(glob.glob(f"{glob.escape(config.out)}/checkpoints/step-*"), key=os.path.getmtime, default=None)  # the last written, unlike the last step, is ours
+            saved = newest_checkpoint(config.out)
             print("\nstopped; " + (f"the model so far is {saved}/model; " if saved else "")
                   + f"to go on: the same command with --resume --out {shlex.quote(config.out)}", file=sys.stderr)
         raise

@@ -59,7 +59,7 @@ def run_all(name, arms, args):
         runs = {arm: [pool.submit(finish, folder(arm, seed), [*flags, "--seed", str(seed)]) for seed in range(args.seeds)] for arm, flags in arms.items()}
         try:
             runs = {arm: [run.result() for run in of_seeds] for arm, of_seeds in runs.items()}
-        except RuntimeError as e:       # not after all the others
+        except (RuntimeError, SystemExit) as e:     # not after all the others
             pool.shutdown(cancel_futures=True)
             sys.exit(str(e))
     for arm, of_seeds in runs.items():
@@ -277,23 +277,26 @@ def golds(args):
 
 def real(args):
     """The table of what docs/run_real.sh has left in --work: one row per model, mean@k ± standard error on each set."""
-    found = {}
+    found, kept = {}, os.path.join(ROOT, "docs", "runs", "real")
+    os.makedirs(kept, exist_ok=True)
+    if os.path.samefile(kept, args.work):
+        sys.exit(f"error: --work {args.work} holds what was kept of runs; name the folder of the runs themselves")
     for file in sorted(os.listdir(args.work)):
         if match := re.fullmatch(r"(.+)--(.+)\.txt", file):
             with open(os.path.join(args.work, file)) as f:
                 text = f.read()
+            with open(os.path.join(kept, file), "w") as f:
+                f.write(text)
             number = lambda pattern: float(hit[1]) if (hit := re.search(pattern, text)) else math.nan   # a single problem has no error
             found.setdefault(match[1], {})[match[2]] = [number(r"mean@\d+ +([\d.]+)"), number(r"± ([\d.]+)"), max(map(float, re.findall(r"pass@\d+ +([\d.]+)", text))), 1 - number(r"no answer ([\d.]+)")]
     sets = sorted({name for of in found.values() for name in of})
-    table(["model", *(f"{name}: mean ± s.e." for name in sets), *(f"{name}: pass@k" for name in sets), *(f"{name}: names an answer" for name in sets)],
-          [[arm, *(f"{of[s][0]:.1%} ± {of[s][1]:.1%}" if s in of else "" for s in sets), *(f"{of[s][2]:.1%}" if s in of else "" for s in sets),
-            *(f"{of[s][3]:.0%}" if s in of else "" for s in sets)] for arm, of in found.items()])
+    table(["model", *(f"{name}: mean ± s.e., pass@k, names an answer" for name in sets)],
+          [[arm, *("{:.1%} ± {:.1%}, {:.1%}, {:.0%}".format(*of[s]) if s in of else "" for s in sets)] for arm, of in found.items()])
     print()
     rows = []
     for arm in sorted(os.listdir(args.work)):
-        if os.path.isfile(os.path.join(args.work, arm, "metrics.jsonl")):
-            log = read_run(os.path.join(args.work, arm))
-            thin(log, os.path.join(ROOT, "docs", "runs", "real", arm), ("eval/gold_logprob", "eval/no_answer", "eval/truncated", "length/truncated", "update/bf16_changed"))
+        if os.path.isfile(os.path.join(args.work, arm, "metrics.jsonl")) and (log := read_run(os.path.join(args.work, arm))):
+            thin(log, os.path.join(kept, arm), ("eval/gold_logprob", "eval/no_answer", "eval/truncated", "length/truncated", "update/bf16_changed"))
             part = [r for r in log if "groups/all_wrong" in r] or [{}]
             at = lambda rows, key: f"{statistics.mean(r[key] for r in rows):.0%}" if key in rows[0] else ""
             third = max(1, len(part) // 3)

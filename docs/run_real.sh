@@ -2,9 +2,9 @@
 # Several algorithms on a real model, from the same weights, and the table: docs/run_real.sh MODEL TRAIN.jsonl HELD_OUT.jsonl [MORE.jsonl …]
 #
 # What is finished is skipped and what was cut off goes on, so it may be stopped and started at will; two of it, with different ARMS, may run
-# side by side. By environment:
+# side by side once the start model has been evaluated. Paths are from the repository's root. By environment:
 #   ARMS      arms to run                                  (sft grpo dapo gspo srpo luffy dpo gcpo sft_gcpo)
-#             each "preset", "preset:its steps" or "preset:its steps:flag=value,flag=value": gcpo:200:lr=5e-5
+#             each "preset", "preset:its steps" or "preset:its steps:flag=value,flag=value" (no / in values): gcpo:200:lr=5e-5
 #             (results go by the names of arms and files, so the files need different names)
 #   STEPS     steps of an arm that names none              (200)
 #   SEEDS     "0 1"                                        (0)
@@ -13,9 +13,9 @@
 #   WORK      where all of it lies                         (runs/real)
 #   PYTHON    the interpreter                              (.venv/bin/python)
 set -euo pipefail
-cd "$(dirname "$0")/.."
 [ $# -ge 3 ] || { sed -n 2,14p "$0"; exit 2; }
 [ "$(printf '%s\n' "${@:3}" | xargs -n1 basename | sort | uniq -d)" = "" ] || { echo "error: two files of one name; rename one" >&2; exit 2; }
+cd "$(dirname "$0")/.."
 model=$1 train=$2 held_out=$3 sets=("${@:3}")
 python=${PYTHON:-.venv/bin/python} work=${WORK:-runs/real}
 mkdir -p "$work"
@@ -29,6 +29,7 @@ evaluate() {    # evaluate NAME MODEL_FOLDER: on every set, each result a file t
     mv "$result.$$.writing" "$result"
   done
 }
+trap 'rm -f "$work"/*."$$".writing' EXIT
 
 evaluate base "$model"
 for seed in ${SEEDS:-0}; do
