@@ -37,7 +37,7 @@ import parallel
 from checkpoint import checkpoints, cut_log, hold, load_checkpoint, newest_checkpoint, refuse_changes, save_checkpoint, sha256
 from data import Problem, Tokenizer, grade_group, load_reward, load_tokenizer, prepare, read_problems
 from gcpo import ALGORITHMS, Algorithm, Group, gold_group, group_advantages, importance_ratio, overlong_penalty, policy_loss, substitute_gold, switch
-from model import (InputError, Transformer, encode_prompts, exit_cleanly, heap_tidier, keep_freed_memory, load_model, pick_device, pick_dtype, read_config, read_json, save_model,
+from model import (InputError, Transformer, encode_prompts, exit_cleanly, give_back_freed_memory, keep_freed_memory, load_model, pick_device, pick_dtype, read_config, read_json, save_model,
                    score_responses, weight_files, copy_tokenizer, whole, written_whole, TOKENIZER_FILES)
 from sampler import cache_bytes_per_token, complete, prompt_generator, rows_that_fit, sample, summarize
 
@@ -383,7 +383,6 @@ def train(config: Config, algorithm: Algorithm, model: Transformer, compute: Tra
         state = {"step": 0, "before": before, "after": before, "best": None, "best_step": None, "bad_steps": 0,
                  **BEGINNING}
 
-    tidy = heap_tidier()
     in_a_file = {} if sys.stderr.isatty() else {"mininterval": 30}  # a bar that is not watched but kept
     bar = tqdm(range(state["step"], config.steps), desc=algorithm.name, unit="step", initial=state["step"], total=config.steps, dynamic_ncols=True,
                disable=not first, **in_a_file)
@@ -424,7 +423,7 @@ def train(config: Config, algorithm: Algorithm, model: Transformer, compute: Tra
                              f"as of the last finite update are in {config.out}/checkpoints; try a lower --lr or --dtype float32")
         if stop and not last:
             raise KeyboardInterrupt
-        tidy()
+        give_back_freed_memory()
         reward_now = f"reward {metrics['reward/mean']:.3f}, " if "reward/mean" in metrics else ""
         bar.set_postfix_str(f"{reward_now}gold {metrics['gold/share']:.2f}, {metrics['time/tokens_per_second']:.0f} tokens/s")
     return state["before"], state["after"]

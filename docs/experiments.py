@@ -38,9 +38,9 @@ BLOCK = 5  # steps that a thinned log averages
 
 def finish(out, flags):
     """One run, from wherever it is. Returns its log's rows."""
-    log = lambda: read_run(out) if os.path.isfile(os.path.join(out, "metrics.jsonl")) else []
-    steps = int(flags[len(flags) - 1 - flags[::-1].index("--steps") + 1]) if "--steps" in flags else TOY["steps"]
-    if not log() or log()[-1]["step"] < steps:
+    steps = int(dict(zip(flags, flags[1:])).get("--steps", TOY["steps"]))     # of several the last, as argparse does
+    rows = read_run(out) if os.path.isfile(os.path.join(out, "metrics.jsonl")) else []
+    if not rows or rows[-1]["step"] < steps:
         if not os.path.isfile(os.path.join(out, "run.json")):
             shutil.rmtree(out, ignore_errors=True)  # cut off before there was anything to go on with
         command = [sys.executable, os.path.join(ROOT, "train.py"), "--threads", "1", "--save-every", "0", "--out", out, *flags]
@@ -49,7 +49,8 @@ def finish(out, flags):
             raise RuntimeError(f"{shlex.join(command)}\n{done.stderr[-2000:]}")
         print(f"  {os.path.basename(out)}", file=sys.stderr, flush=True)
         shutil.rmtree(os.path.join(out, "checkpoints"), ignore_errors=True)
-    return log()
+        rows = read_run(out)
+    return rows
 
 
 def run_all(name, arms, args):

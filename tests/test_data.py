@@ -704,7 +704,7 @@ def test_hostile_templates(tmp_path, monkeypatch, template, says):
     tokenizer = load_tokenizer(make_folder(tmp_path, template_file=template))
     start = time.perf_counter()
     refusal(lambda: tokenizer.encode_prompt(Problem("Q?", "4")), "chat_template.jinja", says)
-    assert time.perf_counter() - start < 20     # on a busy machine, too
+    assert time.perf_counter() - start < 5
 
 
 def test_templates_see_neither_classes_nor_the_clock(tmp_path):

@@ -593,16 +593,15 @@ def test_freed_memory_goes_back_when_it_has_grown():
     """Forbids a long run that fills the machine with gaps: freed blocks below one that lives are given back once a step, and not before."""
     code = """
 import torch
-from model import heap_tidier, keep_freed_memory
+from model import give_back_freed_memory, keep_freed_memory
 keep_freed_memory()
-tidy = heap_tidier()
 resident = lambda: int(open("/proc/self/statm").read().split()[1]) * 4096 / 2**20
 blocks = [torch.ones(2**18) for _ in range(1200)]                       # 1 MiB each
 last = torch.ones(2**18)
 before = resident()
 del blocks
 kept = resident()
-tidy()
+give_back_freed_memory()
 print(before - kept, kept - resident())
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=os.path.dirname(model_module.__file__), timeout=120)
