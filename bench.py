@@ -30,8 +30,11 @@ import sampler
 import train
 from data import load_tokenizer, prepare, read_problems
 from gcpo import ALGORITHMS, Group
-from model import InputError, Transformer, exit_cleanly, keep_freed_memory, load_model, pick_device, pick_dtype, read_config, save_model
+from model import Transformer, load_model, read_config, save_model
 from sampler import sample
+from support.common import InputError, exit_cleanly, pick_device, pick_dtype
+from support.cpu import keep_freed_memory
+
 
 SHAPES = {  # of random weights; names say whose shape it is
     "SmolLM2-135M": dict(hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, vocab_size=49152),

@@ -20,7 +20,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from model import InputError, Transformer, fill, on_cpu, read_json, read_weights, save_model, written_whole
+from model import Transformer, fill, on_cpu, read_weights, save_model
+from support.common import InputError, read_json, written_whole
 
 
 def sha256(path: str) -> str:

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from gcpo import Group
-from model import InputError, read_json
+from support.common import InputError, one_line, read_json
 
 
 @dataclass
@@ -125,10 +125,6 @@ def last_number(text: str) -> str | None:
 def grade(response: str, answer: str) -> float:
     """1.0 if the response's answer is the right one, else 0.0."""
     return float(extract_answer(response) == canonical(answer))
-
-
-def one_line(e: BaseException) -> str:
-    return " ".join(f"{type(e).__name__}: {e}".split())[:200]
 
 
 def load_reward(spec: str | None) -> Callable[[str, str], float]:

@@ -40,6 +40,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+
 ADVANTAGE_EPS = 1e-4   # keeps A finite when rewards differ by very little (GRPO as TRL computes it)
 LOG_RATIO_LIMIT = 20.0  # e^20: a ratio far outside any clip range, and still finite in every dtype
 SHAPE_GAMMA = 0.1      # LUFFY's γ (arXiv 2504.14945)

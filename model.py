@@ -14,14 +14,11 @@ that share a key head, d head size, V vocabulary; B prompts, P prompt length; of
 """
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import functools
 import json
 import math
 import os
 import shutil
-import sys
 from dataclasses import dataclass, field
 
 import torch
@@ -30,6 +27,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from support.common import InputError, read_json
+from support.cpu import SCORES_AT_ONCE, CachedAttention
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -187,33 +187,6 @@ class Transformer(nn.Module):
         return self
 
 
-@contextlib.contextmanager
-def packed_weights(model: Transformer):
-    """Inference on a CPU, with every weight matrix laid out once as oneDNN's products want it.
-
-    Left to itself, each product rearranges its matrix anew, which at a few dozen rows costs up to half of it. Costs one
-    more copy of the weights while it lasts; they must not change meanwhile. Elsewhere this does nothing."""
-    ops, dtype = torch.ops.mkldnn, model.norm.weight.dtype
-    if model.norm.weight.device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16) or not hasattr(ops, "_linear_pointwise") \
-            or dtype == torch.bfloat16 and not ops._is_mkldnn_bf16_supported():
-        yield
-        return
-
-    def product(weight, bias=None):
-        packed = ops._reorder_linear_weight(weight.detach(), 64)     # 64: rows to expect
-        return lambda x: ops._linear_pointwise(x, packed, bias, "none", [], "")
-    layers = [m for m in model.modules() if isinstance(m, nn.Linear)]
-    for m in layers:
-        m.forward = product(m.weight, m.bias)
-    model.logits = product(model.output_weight)
-    try:
-        yield
-    finally:
-        for m in layers:
-            del m.forward
-        del model.logits
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Log-probabilities of a group: the prompt runs once, the padding never, and logits never stand whole in memory
 
@@ -232,34 +205,6 @@ def packing(lengths: Tensor, width: int):
     def pack(x):
         return x.transpose(1, 2).flatten(0, 1).index_select(0, place).transpose(0, 1)[None]
     return rows, cols, spread, pack
-
-
-SCORES_AT_ONCE = 2**20  # on a CPU: 4 MiB in fp32, which its caches hold
-
-
-class CachedAttention(torch.autograd.Function):
-    """softmax(q kᵀ / √d + bias) v by bare products, the weights computed again in backward; q (m, K, M, d), k and v (m, K, L, d),
-    bias (m or 1, 1, M, L). On a CPU, a few rows at a time, this takes half the time of scaled_dot_product_attention.
-
-    With p the weights and δ = Σ dL/dout · out of one query, dL/dscores = p (dL/dp − δ) (arXiv 2205.14135, B.2)."""
-    @staticmethod
-    def weights(q, k, bias):
-        return torch.add(bias, q @ k.transpose(2, 3), alpha=q.shape[3]**-0.5).softmax(-1)           # (m, K, M, L), at least fp32
-
-    @staticmethod
-    def forward(ctx, q, k, v, bias):
-        out = CachedAttention.weights(q, k, bias).to(v.dtype) @ v
-        ctx.save_for_backward(q, k, v, bias, out)
-        return out
-
-    @staticmethod
-    def backward(ctx, grad):
-        q, k, v, bias, out = ctx.saved_tensors
-        weights = CachedAttention.weights(q, k, bias)
-        grad_v = weights.to(v.dtype).transpose(2, 3) @ grad
-        delta = (grad * out).sum(-1, keepdim=True, dtype=weights.dtype)
-        grad_scores = torch.sub(grad @ v.transpose(2, 3), delta).mul_(weights).mul_(q.shape[3]**-0.5).to(q.dtype)
-        return grad_scores @ k, grad_scores.transpose(2, 3) @ q, grad_v, None
 
 
 def ragged_attention(lengths: Tensor, query_heads: int, prompt_lengths: Tensor | None = None, owner: Tensor | None = None):
@@ -690,106 +635,3 @@ def save_model(model: Transformer, folder: str, tokenizer_from: str | None = Non
         shutil.rmtree(old)
     else:
         os.rename(beside, folder)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What every program here needs: errors of one line, a device, a file that is whole
-
-class InputError(Exception):
-    """Something the user gave us cannot be used. The message is one line that says what, where and what to do."""
-
-
-def exit_cleanly(main) -> None:
-    """Run a program; what a user can cause ends in one line on stderr and a status: 2 for bad input, 130 for Ctrl-C."""
-    status = 0
-    try:
-        main()
-    except InputError as e:
-        message, status = f"error: {' '.join(str(e).split())}", 2
-    except KeyboardInterrupt:
-        message, status = "interrupted", 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # whoever read our output has gone; so may we
-        status = 1
-    except OSError as e:
-        message, status = f"error: {e.filename or 'a file'}: {e.strerror or e}", 2
-    except SafetensorError as e:
-        message, status = f"error: weights cannot be read or written ({e})", 2
-    except RuntimeError as e:  # torch.OutOfMemoryError is one, and on a CPU there is no class of its own
-        if not isinstance(e, torch.OutOfMemoryError) and not any(words in str(e) for words in ("DefaultCPUAllocator", "could not create a primitive", "bad_alloc")):
-            raise
-        message, status = "error: out of memory; lower --rows-per-pass (updates), --rows (sampling) or --max-new-tokens", 2
-    if status > 1:
-        print("\n" * (status == 130) + message, file=sys.stderr)
-    sys.exit(status)
-
-
-def keep_freed_memory() -> None:
-    """What PyTorch does on a GPU: keep large blocks that were freed for the next tensor. glibc hands them back to the system
-    and fetches each page anew, a tenth of an update's time. A no-op where the C library is another."""
-    try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):
-        return
-    mallopt(-3, 2**30) or mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: blocks smaller than this come from the heap (old versions take 32 MiB at most) …
-    mallopt(-1, 2**31 - 1)                    # M_TRIM_THRESHOLD: … and the heap keeps so much when it is free
-
-
-def give_back_freed_memory() -> None:
-    """To be called once a step: what `keep_freed_memory` keeps goes back to the system, if the process is above 1 GiB. Ragged tensors are of another
-    size every time, so freed blocks fit less and less: without it SmolLM2-135M grew from 4.3 to 9.7 GiB in 18 steps. A no-op without glibc or /proc."""
-    try:
-        with open("/proc/self/statm") as f:
-            resident = int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-        if resident > 2**30:    # a second per step at most; smaller models would feel it
-            ctypes.CDLL("libc.so.6").malloc_trim(0)
-    except (OSError, AttributeError):
-        pass
-
-
-def pick_device(name: str) -> torch.device:
-    """`auto` is the first GPU if there is one."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device).item()
-        if device.type == "cuda" and device.index is not None:
-            torch.cuda.set_device(device)   # CUDA graphs are recorded on the current one
-        return device
-    except (RuntimeError, AssertionError, NotImplementedError) as e:
-        raise InputError(f"--device {name}: cannot be used ({str(e).splitlines()[0]})") from None
-
-
-def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """`auto` is bfloat16 where matrix products in it are faster: GPUs, and CPUs with bf16 instructions of their own."""
-    if name == "auto":
-        if device.type == "cpu":
-            try:
-                with open("/proc/cpuinfo") as f:
-                    fast = bool({"amx_bf16", "avx512_bf16"} & set(f.read().split()))
-            except OSError:
-                fast = False
-        else:
-            fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        name = "bfloat16" if fast else "float32"
-    return getattr(torch, name)
-
-
-@contextlib.contextmanager
-def written_whole(path: str):
-    """A text file to write to, which is written beside and renamed, so that it is whole or not there."""
-    with open(path + ".writing", "w", encoding="utf-8") as f:
-        yield f
-    os.replace(f.name, path)
-
-
-def read_json(path: str):
-    """The parsed file, or InputError with file and line."""
-    try:
-        with open(path, encoding="utf-8") as f:
-            return json.load(f)
-    except json.JSONDecodeError as e:
-        raise InputError(f"{path}, line {e.lineno}: not valid JSON ({e.msg})") from None
-    except (OSError, ValueError, RecursionError) as e:   # ValueError: not UTF-8, or a number of thousands of digits
-        raise InputError(f"{path}: cannot be read ({getattr(e, 'strerror', None) or e})") from None

@@ -18,7 +18,8 @@ import os
 import torch
 import torch.distributed as dist
 
-from model import InputError
+from support.common import InputError
+
 
 BUCKET = 2**25  # gradient elements that travel together
 

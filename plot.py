@@ -10,6 +10,7 @@ import re
 import statistics
 import sys
 
+
 PANELS = [  # title, metric, whether it is a share
     ("held-out accuracy", "eval/mean", True), ("share of rollouts correct", "reward/correct", True), ("share of groups given gold", "gold/share", True),
     ("gold's logprob per token", "gold/logprob", False), ("response length, tokens", "length/mean", False), ("entropy, nats per token", "policy/entropy", False),

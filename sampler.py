@@ -28,9 +28,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data import Problem, Tokenizer, extract_answer, grade, grade_group, last_number, canonical, load_reward, load_tokenizer, prepare, read_problems
+from data import Problem, Tokenizer, canonical, extract_answer, grade, grade_group, last_number, load_reward, load_tokenizer, prepare, read_problems
 from gcpo import Group
-from model import InputError, Transformer, encode_prompts, exit_cleanly, keep_freed_memory, load_model, packed_weights, pick_device, pick_dtype, written_whole
+from model import Transformer, encode_prompts, load_model
+from support.common import InputError, exit_cleanly, pick_device, pick_dtype, written_whole
+from support.cpu import keep_freed_memory, packed_weights
+
 
 PREFILL_TOKENS = 4096        # prompts that enter together run together, up to so many tokens, padding counted (keys and values are padded)
 CACHE_COLUMNS = {"cpu": 32, "cuda": 128}  # lengths of caches are rounded up to these

@@ -14,10 +14,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from gcpo import (ALGORITHMS, Algorithm, Group, gold_group, group_advantages, kl_estimate, log_ratio, overlong_penalty, pair_loss, policy_loss,
-                  substitute_gold)
+from gcpo import ALGORITHMS, Algorithm, Group, gold_group, group_advantages, kl_estimate, log_ratio, overlong_penalty, pair_loss, policy_loss, substitute_gold
 from model import Transformer, read_config, token_logprobs
 from train import Config, Item, compute_copy, update
+
 
 torch.set_num_threads(1)  # the tensors are tiny: a second thread would only wait
 NAN = float("nan")

@@ -19,6 +19,7 @@ import statistics
 import subprocess
 import sys
 
+
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 from data import load_tokenizer, prepare, read_problems  # noqa: E402
@@ -27,6 +28,7 @@ from model import load_model  # noqa: E402
 from plot import elapsed, read_run  # noqa: E402
 from sampler import evaluate  # noqa: E402
 from train import TOY, TOY_NAMES, build_toy, toy_problem  # noqa: E402
+
 
 KEPT = ("eval/mean", "eval/mean_se", "reward/correct", "gold/share", "gold/logprob", "length/mean", "policy/entropy", "update/grad_norm",
         "policy/clip_fraction", "gold/clip_fraction", "update/skipped", "groups/all_wrong", "groups/mixed", "groups/all_right", "groups/sampled")

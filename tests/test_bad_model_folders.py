@@ -13,7 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from model import InputError, Transformer, load_model, read_config, read_json
+from model import Transformer, load_model, read_config
+from support.common import InputError, read_json
+
 
 CONFIG = dict(model_type="llama", vocab_size=19, hidden_size=8, intermediate_size=12, num_hidden_layers=2, num_attention_heads=4,
               num_key_value_heads=2, max_position_embeddings=64, rms_norm_eps=1e-5, rope_theta=10000.0, tie_word_embeddings=False)

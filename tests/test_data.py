@@ -17,10 +17,23 @@ from tokenizers import decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 import data
-from data import (INSTRUCTIONS, Problem, canonical, extract_answer, grade, grade_group, last_boxed, last_number, load_reward,
-                  load_tokenizer, prepare, read_problems)
+from data import (
+    INSTRUCTIONS,
+    Problem,
+    canonical,
+    extract_answer,
+    grade,
+    grade_group,
+    last_boxed,
+    last_number,
+    load_reward,
+    load_tokenizer,
+    prepare,
+    read_problems,
+)
 from gcpo import Group
-from model import InputError
+from support.common import InputError
+
 
 property_test = settings(max_examples=150, deadline=None, derandomize=True, database=None)
 

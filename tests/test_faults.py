@@ -17,12 +17,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 from checkpoint import damage, newest_checkpoint, save_checkpoint  # noqa: E402
 from gcpo import ALGORITHMS  # noqa: E402
-from model import exit_cleanly, load_model  # noqa: E402
+from model import load_model  # noqa: E402
+from support.common import exit_cleanly  # noqa: E402
 from train import build_toy, main  # noqa: E402
+
 
 SETTINGS = ["--instruction", "", "--dtype", "float32", "--threads", "1", "--prompts", "4", "--group-size", "4", "--max-new-tokens", "24", "--steps", "12",
             "--rows-per-pass", "64", "--updates", "2", "--lr", "1e-3", "--eval-every", "4", "--eval-limit", "8", "--save-every", "2"]

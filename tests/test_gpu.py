@@ -4,13 +4,14 @@ import os
 
 import pytest
 import torch
+from test_train import metrics_of, run
 
 import sampler
 from gcpo import ALGORITHMS, Group
 from model import Transformer, load_model, read_config, save_model, token_logprobs
 from sampler import sample
 from train import Config, Item, compute_copy, update
-from test_train import metrics_of, run
+
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 

@@ -18,7 +18,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import model as model_module
-from model import InputError, encode_prompts, linear_logprobs, load_model, save_model, score_responses, token_logprobs
+from support import cpu
+from model import encode_prompts, linear_logprobs, load_model, save_model, score_responses, token_logprobs
+from support.common import InputError
+
 
 SMALL = dict(vocab_size=67, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
              max_position_embeddings=512, rms_norm_eps=1e-5, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2)
@@ -483,7 +486,7 @@ def test_packed_weights_compute_the_same(dtype, most, tmp_path):
     with torch.no_grad():
         for _ in range(2):
             plain = model.logits(model(tokens))
-            with model_module.packed_weights(model):
+            with cpu.packed_weights(model):
                 packed = model.logits(model(tokens))
             assert relative(packed, plain) < most
             assert torch.equal(model.logits(model(tokens)), plain)
@@ -593,7 +596,7 @@ def test_freed_memory_goes_back_when_it_has_grown():
     """Forbids a long run that fills the machine with gaps: freed blocks below one that lives are given back once a step, and not before."""
     code = """
 import torch
-from model import give_back_freed_memory, keep_freed_memory
+from support.cpu import give_back_freed_memory, keep_freed_memory
 keep_freed_memory()
 resident = lambda: int(open("/proc/self/statm").read().split()[1]) * 4096 / 2**20
 blocks = [torch.ones(2**18) for _ in range(1200)]                       # 1 MiB each

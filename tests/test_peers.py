@@ -12,9 +12,11 @@ import torch
 
 from gcpo import Algorithm, policy_loss
 
+
 if importlib.util.find_spec("trl") is None or not importlib.metadata.version("trl").startswith("1.16."):
     pytest.skip("needs trl 1.16", allow_module_level=True)
 from trl.trainer.grpo_trainer import GRPOTrainer  # noqa: E402
+
 
 LOSS_TYPES = {"row_mean": "grpo", "token_mean": "dapo", "fixed_length": "dr_grpo"}
 

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+
 matplotlib = pytest.importorskip("matplotlib")
 import plot  # noqa: E402
 

@@ -9,11 +9,11 @@ import time
 
 import pytest
 import torch
+from test_faults import ROOT, Run, start
 
 import parallel
 from gcpo import ALGORITHMS, Group, group_advantages
 from model import load_model, whole
-from test_faults import ROOT, Run, start
 from train import Config, Item, build_toy, compute_copy, update
 
 

@@ -27,6 +27,7 @@ from gcpo import Group
 from model import Transformer, load_model, read_config, save_model, token_logprobs
 from sampler import choose, evaluate, pass_at_k, pick, prompt_generator, sample
 
+
 LLAMA = dict(model_type="llama", vocab_size=53, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
              num_key_value_heads=2, max_position_embeddings=256, rms_norm_eps=1e-5, rope_theta=10000.0, tie_word_embeddings=False)
 QWEN3 = {**LLAMA, "model_type": "qwen3", "head_dim": 16, "tie_word_embeddings": True}

@@ -15,8 +15,24 @@ from safetensors.torch import load_file
 import train
 from data import Problem, grade, load_tokenizer, prepare, read_problems
 from gcpo import ALGORITHMS, Group
-from model import InputError, exit_cleanly, load_model, save_model, token_logprobs
-from train import TOY, BEGINNING, Config, Item, build_toy, collect, compute_copy, learning_rate, next_problems, refresh, rollout_metrics, rollout_numbers, update_metrics
+from model import load_model, save_model, token_logprobs
+from support.common import InputError, exit_cleanly
+from train import (
+    BEGINNING,
+    TOY,
+    Config,
+    Item,
+    build_toy,
+    collect,
+    compute_copy,
+    learning_rate,
+    next_problems,
+    refresh,
+    rollout_metrics,
+    rollout_numbers,
+    update_metrics,
+)
+
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SHORT = ["--steps", "2", "--prompts", "4", "--eval-limit", "8", "--max-new-tokens", "24"]
