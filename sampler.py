@@ -30,7 +30,8 @@ from tqdm import tqdm
 
 from data import Problem, Tokenizer, canonical, extract_answer, grade, grade_group, last_number, load_reward, load_tokenizer, prepare, read_problems
 from gcpo import Group
-from model import Transformer, encode_prompts, load_model
+from logprobs import encode_prompts
+from model import Transformer, load_model
 from support.common import InputError, exit_cleanly, pick_device, pick_dtype, written_whole
 from support.cpu import keep_freed_memory, packed_weights
 

@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from gcpo import ALGORITHMS, Algorithm, Group, gold_group, group_advantages, kl_estimate, log_ratio, overlong_penalty, pair_loss, policy_loss, substitute_gold
-from model import Transformer, read_config, token_logprobs
+from logprobs import token_logprobs
+from model import Transformer, read_config
 from train import Config, Item, compute_copy, update
 
 

@@ -8,7 +8,8 @@ from test_train import metrics_of, run
 
 import sampler
 from gcpo import ALGORITHMS, Group
-from model import Transformer, load_model, read_config, save_model, token_logprobs
+from logprobs import token_logprobs
+from model import Transformer, load_model, read_config, save_model
 from sampler import sample
 from train import Config, Item, compute_copy, update
 

@@ -18,8 +18,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import model as model_module
+from logprobs import encode_prompts, linear_logprobs, score_responses, token_logprobs
+from model import load_model, save_model
 from support import cpu
-from model import encode_prompts, linear_logprobs, load_model, save_model, score_responses, token_logprobs
 from support.common import InputError
 
 

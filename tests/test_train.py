@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 import train
 from data import Problem, grade, load_tokenizer, prepare, read_problems
 from gcpo import ALGORITHMS, Group
-from model import load_model, save_model, token_logprobs
+from logprobs import token_logprobs
+from model import load_model, save_model
 from support.common import InputError, exit_cleanly
 from train import (
     BEGINNING,
