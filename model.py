@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from support.common import InputError, read_json
+from support.parallel import fill, whole
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -309,20 +310,6 @@ def weight_files(folder: str) -> list[str]:
 
 def named_as_in_files(model: Transformer) -> dict[str, nn.Parameter]:
     return {("" if name.startswith("lm_head") else "model.") + name: p for name, p in model.named_parameters()}
-
-
-def whole(x: Tensor) -> Tensor:
-    """All of a tensor, also where this process has a shard of it (parallel.py); all processes must ask."""
-    return x.full_tensor() if hasattr(x, "full_tensor") else x
-
-
-@torch.no_grad()
-def fill(parameter: Tensor, tensor: Tensor) -> None:
-    """Copy a whole tensor into a parameter, or this process's shard of it into its own."""
-    if hasattr(parameter, "device_mesh"):
-        from torch.distributed.tensor import distribute_tensor
-        tensor = distribute_tensor(tensor.to(parameter.device, parameter.dtype), parameter.device_mesh, parameter.placements)
-    parameter.copy_(tensor)
 
 
 def load_model(folder: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, shard=None) -> Transformer:

@@ -20,9 +20,9 @@ from safetensors.torch import load_file
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
-from checkpoint import damage, newest_checkpoint, save_checkpoint  # noqa: E402
 from gcpo import ALGORITHMS  # noqa: E402
 from model import load_model  # noqa: E402
+from support.checkpoint import damage, newest_checkpoint, save_checkpoint  # noqa: E402
 from support.common import exit_cleanly  # noqa: E402
 from train import build_toy, main  # noqa: E402
 

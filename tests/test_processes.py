@@ -11,9 +11,10 @@ import pytest
 import torch
 from test_faults import ROOT, Run, start
 
-import parallel
 from gcpo import ALGORITHMS, Group, group_advantages
-from model import load_model, whole
+from model import load_model
+from support import parallel
+from support.parallel import whole
 from train import Config, Item, build_toy, compute_copy, update
 
 

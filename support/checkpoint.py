@@ -20,8 +20,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from model import Transformer, fill, on_cpu, read_weights, save_model
+from model import Transformer, on_cpu, read_weights, save_model
 from support.common import InputError, read_json, written_whole
+from support.parallel import fill
 
 
 def sha256(path: str) -> str:

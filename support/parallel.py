@@ -17,6 +17,7 @@ import os
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from support.common import InputError
 
@@ -136,3 +137,17 @@ def shard(model: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> N
 
 def is_sharded(model: torch.nn.Module) -> bool:
     return hasattr(model, "unshard")
+
+
+def whole(x: Tensor) -> Tensor:
+    """All of a tensor, also where this process has a shard of it (parallel.py); all processes must ask."""
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
+
+
+@torch.no_grad()
+def fill(parameter: Tensor, tensor: Tensor) -> None:
+    """Copy a whole tensor into a parameter, or this process's shard of it into its own."""
+    if hasattr(parameter, "device_mesh"):
+        from torch.distributed.tensor import distribute_tensor
+        tensor = distribute_tensor(tensor.to(parameter.device, parameter.dtype), parameter.device_mesh, parameter.placements)
+    parameter.copy_(tensor)
