@@ -36,12 +36,13 @@ from tqdm import tqdm
 from data import Problem, Tokenizer, grade_group, load_reward, load_tokenizer, prepare, read_problems
 from gcpo import ALGORITHMS, Algorithm, Group, gold_group, group_advantages, importance_ratio, overlong_penalty, policy_loss, substitute_gold, switch
 from logprobs import encode_prompts, score_responses
-from model import TOKENIZER_FILES, Transformer, copy_tokenizer, load_model, read_config, save_model, weight_files
+from model import Transformer, load_model, read_config, save_model
 from sampler import cache_bytes_per_token, complete, prompt_generator, rows_that_fit, sample, summarize
 from support import parallel
 from support.checkpoint import checkpoints, cut_log, hold, load_checkpoint, newest_checkpoint, refuse_changes, save_checkpoint, sha256
 from support.common import InputError, exit_cleanly, pick_device, pick_dtype, read_json, written_whole
 from support.cpu import give_back_freed_memory, keep_freed_memory
+from support.folders import TOKENIZER_FILES, copy_tokenizer, weight_files
 from support.parallel import whole
 
 
