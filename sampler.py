@@ -28,8 +28,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data import Problem, Tokenizer, canonical, extract_answer, grade, grade_group, last_number, load_reward, load_tokenizer, prepare, read_problems
+from data import Problem, Tokenizer, grade_group, load_reward, load_tokenizer, prepare, read_problems
 from gcpo import Group
+from grader import canonical, extract_answer, grade, last_number
 from logprobs import encode_prompts
 from model import Transformer, load_model
 from support.common import InputError, exit_cleanly, pick_device, pick_dtype, written_whole

@@ -17,21 +17,9 @@ from tokenizers import decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 import data
-from data import (
-    INSTRUCTIONS,
-    Problem,
-    canonical,
-    extract_answer,
-    grade,
-    grade_group,
-    last_boxed,
-    last_number,
-    load_reward,
-    load_tokenizer,
-    prepare,
-    read_problems,
-)
+from data import INSTRUCTIONS, Problem, grade_group, load_reward, load_tokenizer, prepare, read_problems
 from gcpo import Group
+from grader import canonical, extract_answer, grade, last_boxed, last_number
 from support.common import InputError
 
 

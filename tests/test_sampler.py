@@ -22,8 +22,9 @@ import torch
 from hypothesis import strategies as st
 
 import sampler
-from data import Problem, grade, load_tokenizer, prepare, read_problems
+from data import Problem, load_tokenizer, prepare, read_problems
 from gcpo import Group
+from grader import grade
 from logprobs import token_logprobs
 from model import Transformer, load_model, read_config, save_model
 from sampler import choose, evaluate, pass_at_k, pick, prompt_generator, sample

@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import load_file
 
 import train
-from data import Problem, grade, load_tokenizer, prepare, read_problems
+from data import Problem, load_tokenizer, prepare, read_problems
 from gcpo import ALGORITHMS, Group
+from grader import grade
 from logprobs import token_logprobs
 from model import load_model, save_model
 from support.common import InputError, exit_cleanly
