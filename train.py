@@ -34,10 +34,11 @@ import torch
 from tqdm import tqdm
 
 from data import Problem, Tokenizer, grade_group, load_reward, load_tokenizer, prepare, read_problems
+from evaluate import complete, summarize
 from gcpo import ALGORITHMS, Algorithm, Group, gold_group, group_advantages, importance_ratio, overlong_penalty, policy_loss, substitute_gold, switch
 from logprobs import encode_prompts, score_responses
 from model import Transformer, load_model, read_config, save_model
-from sampler import cache_bytes_per_token, complete, prompt_generator, rows_that_fit, sample, summarize
+from sampler import cache_bytes_per_token, prompt_generator, rows_that_fit, sample
 from support import parallel
 from support.checkpoint import checkpoints, cut_log, hold, load_checkpoint, newest_checkpoint, refuse_changes, save_checkpoint, sha256
 from support.common import InputError, exit_cleanly, pick_device, pick_dtype, read_json, written_whole
@@ -954,7 +955,7 @@ def last_words(config: Config, algorithm: Algorithm, before: float | None, after
     print(f"model    {model_folder}\nmetrics  {os.path.join(config.out, 'metrics.jsonl')}\nsamples  {os.path.join(config.out, 'samples.jsonl')}")
     print(f"plot     {shlex.join([python, 'plot.py', config.out])}")
     if config.eval_data:
-        evaluate_it = [python, "sampler.py", "--model", model_folder, "--data", config.eval_data, "--max-new-tokens", str(config.max_new_tokens)]
+        evaluate_it = [python, "evaluate.py", "--model", model_folder, "--data", config.eval_data, "--max-new-tokens", str(config.max_new_tokens)]
         evaluate_it += ["--instruction", config.instruction] if config.instruction is not None else []
         evaluate_it += ["--answer-format", "boxed"] if config.answer_format == "boxed" else []
         evaluate_it += ["--reward", config.reward, "--correct-at", str(config.correct_at)] if config.reward else []

@@ -23,10 +23,10 @@ import sys
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 from data import load_tokenizer, prepare, read_problems  # noqa: E402
+from evaluate import evaluate  # noqa: E402
 from gcpo import ALGORITHMS  # noqa: E402
 from model import load_model  # noqa: E402
 from plot import elapsed, read_run  # noqa: E402
-from sampler import evaluate  # noqa: E402
 from train import TOY, TOY_NAMES, build_toy, toy_problem  # noqa: E402
 
 
@@ -263,7 +263,7 @@ def golds(args):
             with open(files[f"{style} gold"]) as f:
                 half = write(os.path.join(at, f"half-{style}.jsonl"), list(map(json.loads, f))[:2000])
             finish(teacher, ["--algo", "sft", "--data", half, *common])
-            subprocess.run([sys.executable, os.path.join(ROOT, "sampler.py"), "--model", os.path.join(teacher, "model"), "--data", files[f"{style} gold"], "--samples", "4",
+            subprocess.run([sys.executable, os.path.join(ROOT, "evaluate.py"), "--model", os.path.join(teacher, "model"), "--data", files[f"{style} gold"], "--samples", "4",
                             "--max-new-tokens", "48", "--instruction", "", "--dtype", "float32", "--keep-correct", written], check=True, capture_output=True)
         files[f"gold by a model of {style} gold"] = written
     arms = {f"{algo}-{name.replace(' ', '-')}": (algo, name) for algo in ("gcpo", "sft") for name in files}

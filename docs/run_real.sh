@@ -25,7 +25,7 @@ evaluate() {    # evaluate NAME MODEL_FOLDER: on every set, each result a file t
     result="$work/$1--$(basename "${set%.jsonl}").txt"
     [ -s "$result" ] && continue
     # shellcheck disable=SC2086
-    $python sampler.py --model "$2" --data "$set" ${EVAL:---samples 4 --max-new-tokens 512} > "$result.$$.writing"
+    $python evaluate.py --model "$2" --data "$set" ${EVAL:---samples 4 --max-new-tokens 512} > "$result.$$.writing"
     mv "$result.$$.writing" "$result"
   done
 }

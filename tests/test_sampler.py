@@ -23,11 +23,12 @@ from hypothesis import strategies as st
 
 import sampler
 from data import Problem, load_tokenizer, prepare, read_problems
+from evaluate import evaluate, pass_at_k
 from gcpo import Group
 from grader import grade
 from logprobs import token_logprobs
 from model import Transformer, load_model, read_config, save_model
-from sampler import choose, evaluate, pass_at_k, pick, prompt_generator, sample
+from sampler import choose, pick, prompt_generator, sample
 
 
 LLAMA = dict(model_type="llama", vocab_size=53, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
