@@ -27,7 +27,7 @@ from evaluate import evaluate  # noqa: E402
 from gcpo import ALGORITHMS  # noqa: E402
 from model import load_model  # noqa: E402
 from plot import elapsed, read_run  # noqa: E402
-from train import TOY, TOY_NAMES, build_toy, toy_problem  # noqa: E402
+from support.toy import TOY, TOY_NAMES, build_toy, toy_problem  # noqa: E402
 
 
 KEPT = ("eval/mean", "eval/mean_se", "reward/correct", "gold/share", "gold/logprob", "length/mean", "policy/entropy", "update/grad_norm",

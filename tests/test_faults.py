@@ -24,7 +24,8 @@ from gcpo import ALGORITHMS  # noqa: E402
 from model import load_model  # noqa: E402
 from support.checkpoint import damage, newest_checkpoint, save_checkpoint  # noqa: E402
 from support.common import exit_cleanly  # noqa: E402
-from train import build_toy, main  # noqa: E402
+from support.toy import build_toy  # noqa: E402
+from train import main  # noqa: E402
 
 
 SETTINGS = ["--instruction", "", "--dtype", "float32", "--threads", "1", "--prompts", "4", "--group-size", "4", "--max-new-tokens", "24", "--steps", "12",

@@ -15,7 +15,8 @@ from gcpo import ALGORITHMS, Group, group_advantages
 from model import load_model
 from support import parallel
 from support.parallel import whole
-from train import Config, Item, build_toy, compute_copy, update
+from support.toy import build_toy
+from train import Config, Item, compute_copy, update
 
 
 def free_port():

@@ -19,21 +19,8 @@ from grader import grade
 from logprobs import token_logprobs
 from model import load_model, save_model
 from support.common import InputError, exit_cleanly
-from train import (
-    BEGINNING,
-    TOY,
-    Config,
-    Item,
-    build_toy,
-    collect,
-    compute_copy,
-    learning_rate,
-    next_problems,
-    refresh,
-    rollout_metrics,
-    rollout_numbers,
-    update_metrics,
-)
+from support.toy import TOY, build_toy
+from train import BEGINNING, Config, Item, collect, compute_copy, learning_rate, next_problems, refresh, rollout_metrics, rollout_numbers, update_metrics
 
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
