@@ -17,7 +17,8 @@ import torch
 from gcpo import ALGORITHMS, Algorithm, Group, gold_group, group_advantages, kl_estimate, log_ratio, overlong_penalty, pair_loss, policy_loss, substitute_gold
 from logprobs import token_logprobs
 from model import Transformer, read_config
-from train import Config, Item, compute_copy, update
+from support.options import Config
+from train import Item, compute_copy, update
 
 
 torch.set_num_threads(1)  # the tensors are tiny: a second thread would only wait

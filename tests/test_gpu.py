@@ -11,7 +11,8 @@ from gcpo import ALGORITHMS, Group
 from logprobs import token_logprobs
 from model import Transformer, load_model, read_config, save_model
 from sampler import sample
-from train import Config, Item, compute_copy, update
+from support.options import Config
+from train import Item, compute_copy, update
 
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

@@ -14,9 +14,10 @@ from test_faults import ROOT, Run, start
 from gcpo import ALGORITHMS, Group, group_advantages
 from model import load_model
 from support import parallel
+from support.options import Config
 from support.parallel import whole
 from support.toy import build_toy
-from train import Config, Item, compute_copy, update
+from train import Item, compute_copy, update
 
 
 def free_port():

@@ -19,8 +19,9 @@ from grader import grade
 from logprobs import token_logprobs
 from model import load_model, save_model
 from support.common import InputError, exit_cleanly
+from support.options import Config
 from support.toy import TOY, build_toy
-from train import BEGINNING, Config, Item, collect, compute_copy, learning_rate, next_problems, refresh, rollout_metrics, rollout_numbers, update_metrics
+from train import BEGINNING, Item, collect, compute_copy, learning_rate, next_problems, refresh, rollout_metrics, rollout_numbers, update_metrics
 
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
