@@ -20,8 +20,9 @@ from logprobs import token_logprobs
 from model import load_model, save_model
 from support.common import InputError, exit_cleanly
 from support.options import Config
+from support.runlog import rollout_metrics, rollout_numbers, update_metrics
 from support.toy import TOY, build_toy
-from train import BEGINNING, Item, collect, compute_copy, learning_rate, next_problems, refresh, rollout_metrics, rollout_numbers, update_metrics
+from train import BEGINNING, Item, collect, compute_copy, learning_rate, next_problems, refresh
 
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
