@@ -8,11 +8,10 @@ import os
 import torch
 from torch import nn
 
-from model import Transformer
 
 
 @contextlib.contextmanager
-def packed_weights(model: Transformer):
+def packed_weights(model: nn.Module):
     """Inference on a CPU, with every weight matrix laid out once as oneDNN's products want it.
 
     Left to itself, each product rearranges its matrix anew, which at a few dozen rows costs up to half of it. Costs one

@@ -24,7 +24,6 @@ from support.checkpoint import cut_log
 from support.common import read_json, written_whole
 from support.folders import copy_tokenizer
 from support.options import Config, as_command, estimated_bytes
-from train import Item
 
 
 def mean(values) -> float:
@@ -32,7 +31,7 @@ def mean(values) -> float:
     return sum(values) / len(values) if values else math.nan
 
 
-def put_together(step: int, rollouts: list[Group], items: list[Item], sums: Counter, norms: list[float | None], bad: Item | None,
+def put_together(step: int, rollouts: list[Group], items: list, sums: Counter, norms: list[float | None], bad,
                  tokenizer: Tokenizer, stopping: bool) -> tuple[dict, int, dict | None, bool]:
     """Of a step, over all processes: its metrics; how many tokens were sampled, or trained on where none were; the record of a group without
     finite gradient, one it was traced to if there is any; whether a process was asked to stop."""
@@ -47,7 +46,7 @@ def put_together(step: int, rollouts: list[Group], items: list[Item], sums: Coun
     return metrics, sum(all_tokens), max((r for r in records if r), key=lambda r: r["traced_to_this_group"], default=None), any(stops)
 
 
-def rollout_numbers(rollouts: list[Group], items: list[Item]) -> dict[str, list[float]]:
+def rollout_numbers(rollouts: list[Group], items: list) -> dict[str, list[float]]:
     """One number per group, of the rollouts as sampled, before any gold took a place; and whether it did."""
     of = lambda f, groups: [float(f(g)) for g in groups]
     return {"gold": of(lambda i: i.group.is_gold.any(), items), "reward": of(lambda g: g.rewards.mean(), rollouts),
@@ -109,7 +108,7 @@ def local(p: torch.Tensor) -> torch.Tensor:
     return p.detach().to_local() if hasattr(p, "to_local") else p.detach()
 
 
-def sample_record(step: int, items: list[Item], tokenizer: Tokenizer) -> dict:
+def sample_record(step: int, items: list, tokenizer: Tokenizer) -> dict:
     """One whole group of the step as text: the first that got gold, else the first."""
     if not items:
         return {"step": step}
