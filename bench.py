@@ -246,7 +246,7 @@ def bound(model, groups):
 @contextlib.contextmanager
 def named_parts():
     """Attention and token choice as named ranges of the profiler."""
-    forward, choose = Transformer.forward, sampler.choose
+    forward, choose = Transformer.forward, sampler.choose_token
 
     def named(f, name):
         def wrapped(*args, **kwargs):
@@ -254,11 +254,11 @@ def named_parts():
                 return f(*args, **kwargs)
         return wrapped
     Transformer.forward = lambda self, tokens, attend=None, positions=None: forward(self, tokens, attend and named(attend, "PART attention"), positions)
-    sampler.choose = named(choose, "PART choosing tokens")
+    sampler.choose_token = named(choose, "PART choosing tokens")
     try:
         yield
     finally:
-        Transformer.forward, sampler.choose = forward, choose
+        Transformer.forward, sampler.choose_token = forward, choose
 
 
 def where_time_goes(run):
@@ -298,7 +298,7 @@ def updating(args, device, dtype):
     rows, tokens = sum(len(i.group.lengths) for i in items), sum(int(i.group.lengths.sum()) for i in items)
     if args.child == "ours":
         model = load_model(args.model, device)
-        compute = train.compute_copy(model, dtype)
+        compute = train.make_policy(model, dtype)
         compute.gradient_checkpointing = args.gradient_checkpointing
         config = train.Config(max_new_tokens=args.max_new_tokens, rows_per_pass=args.rows_per_pass)
 
@@ -356,7 +356,7 @@ def our_steps(args, device, dtype, rounds, say):
             if next(rounds, "no more") == "no more":
                 raise Enough
     with contextlib.suppress(Enough):
-        train.train(config, algorithm, model, train.compute_copy(model, dtype), tokenizer, problems, [], reward, log)
+        train.train(config, algorithm, model, train.make_policy(model, dtype), tokenizer, problems, [], reward, log)
 
 
 def trl_steps(args, device, dtype, rounds, say):
@@ -436,7 +436,7 @@ def grow_child(args):
     dtype = pick_dtype(args.dtype, device)
     folder = args.model or random_model(args.shape)
     model = load_model(folder, device)
-    compute = train.compute_copy(model, dtype)
+    compute = train.make_policy(model, dtype)
     if not args.model:
         os.remove(os.path.join(folder, "model.safetensors"))
     V, idle = model.config.vocab_size, train.peak_bytes(device)

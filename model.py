@@ -30,7 +30,7 @@ from torch.utils.checkpoint import checkpoint
 
 from support.common import InputError
 from support.folders import copy_tokenizer, read_settings, weight_files
-from support.parallel import fill, whole
+from support.parallel import copy_into, gather_shards
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -254,7 +254,7 @@ def read_weights(folder: str, model: Transformer, where: dict[str, str] | None =
                         raise InputError(f"{path}: {name} is {tensor.dtype}; quantized weights are not supported")
                     if not tensor.isfinite().all():
                         raise InputError(f"{path}: {name} holds NaN or infinite values")
-                    fill(wanted[name], tensor)
+                    copy_into(wanted[name], tensor)
     if "lm_head.weight" in where and model.config.tie_word_embeddings:
         for name in ("lm_head.weight", "model.embed_tokens.weight"):
             with safe_open(where[name], framework="pt") as f:
@@ -267,7 +267,7 @@ def on_cpu(tensors: dict[str, Tensor], keep: bool = True) -> dict[str, Tensor]:
     """Whole tensors for a file; of shards, all processes must take part, though only one may keep what comes."""
     kept = {}
     for name, x in tensors.items():
-        x = whole(x.detach())
+        x = gather_shards(x.detach())
         if keep:
             kept[name] = x.cpu().contiguous()
     return kept

@@ -36,7 +36,7 @@ CPU_CACHE_BYTES = 4 * 2**30  # a fixed budget, so that the same command always m
 # ---------------------------------------------------------------------------------------------------------------------
 # From logits and a uniform number to a token
 
-def pick(weights: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+def inverse_cdf(weights: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     """Inverse transform sampling: weights (n, anything) float64 and not negative, u (n,) in [0, 1) -> index (n,), rest (n,).
 
     `rest` is where u fell inside the chosen interval, again in [0, 1]. Never an index of weight 0, not even at u = 0
@@ -50,7 +50,7 @@ def pick(weights: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     return index[:, 0], rest[:, 0].clamp(0, 1)
 
 
-def keep_top(probs: Tensor, top_p: float, top_k: int) -> Tensor:
+def restrict_to_top(probs: Tensor, top_p: float, top_k: int) -> Tensor:
     """probs (n, V) with everything outside the nucleus set to 0; not renormalised."""
     if top_k > 0:
         least = probs.topk(min(top_k, probs.shape[1]), dim=-1).values[:, -1:]
@@ -63,7 +63,7 @@ def keep_top(probs: Tensor, top_p: float, top_k: int) -> Tensor:
     return probs
 
 
-def choose(logits: Tensor, u: Tensor, temperature: float, top_p: float = 1.0, top_k: int = 0) -> tuple[Tensor, Tensor]:
+def choose_token(logits: Tensor, u: Tensor, temperature: float, top_p: float = 1.0, top_k: int = 0) -> tuple[Tensor, Tensor]:
     """logits (n, V), u (n,) float64 -> token (n,), its logprob (n,) fp32 under softmax(logits / temperature).
 
     temperature 0 is greedy (the logprob then at temperature 1). The logprob is that of the whole softmax, also with
@@ -74,11 +74,11 @@ def choose(logits: Tensor, u: Tensor, temperature: float, top_p: float = 1.0, to
         token = logits.argmax(-1)
         return token, logits.log_softmax(-1).gather(1, token[:, None])[:, 0]
     probs = (logits / temperature).softmax(-1)                      # (n, V)
-    likely = keep_top(probs, top_p, top_k)
+    likely = restrict_to_top(probs, top_p, top_k)
     n, V = probs.shape
     blocks = torch.nn.functional.pad(likely, (0, -V % 128)).view(n, -1, 128)
-    block, rest = pick(blocks.sum(-1).double(), u)
-    token = block * 128 + pick(blocks[torch.arange(n, device=u.device), block].double(), rest)[0]
+    block, rest = inverse_cdf(blocks.sum(-1).double(), u)
+    token = block * 128 + inverse_cdf(blocks[torch.arange(n, device=u.device), block].double(), rest)[0]
     return token, probs.gather(1, token[:, None])[:, 0].log()
 
 
@@ -133,7 +133,7 @@ class Batch:
         """Tokens of the row that has most."""
         return self.now - min(self.entered) + 1
 
-    def fit(self, keys: list[Tensor], values: list[Tensor], length: int):
+    def resize_cache(self, keys: list[Tensor], values: list[Tensor], length: int):
         """Make caches (…, d, width) and (…, width, d) wide enough for `length`; narrower again once half would do."""
         width = -(-length // self.columns) * self.columns
         if keys[0].shape[3] // 2 < width <= keys[0].shape[3]:
@@ -147,7 +147,7 @@ class Batch:
         self.graphs.clear()                                                  # they would go on reading the old ones
         self.pool = self.pool and torch.cuda.graph_pool_handle()             # a pool ends with its last graph
 
-    def append(self, logits: Tensor, rows: slice):
+    def add_token(self, logits: Tensor, rows: slice):
         """Choose the next token of `rows` from logits (n, V)."""
         at = self.length[rows]
         index = torch.arange(rows.start, rows.stop, device=self.device)
@@ -161,7 +161,7 @@ class Batch:
         prefix, P = encode_prompts(self.model, prompts), max(len(p) for p in prompts)
         seats, rows = slice(self.n_seats, self.n_seats + len(prompts)), slice(self.n_rows, self.n_rows + len(uniforms))
         self.prompt_lengths += [len(p) for p in prompts]
-        self.fit(self.prompt_k, self.prompt_v, max(self.prompt_lengths))
+        self.resize_cache(self.prompt_k, self.prompt_v, max(self.prompt_lengths))
         for layer, (k, v) in enumerate(zip(prefix.keys, prefix.values)):     # (B, K, P, d) each
             self.prompt_k[layer][seats, :, :, :P], self.prompt_v[layer][seats, :, :P] = k.transpose(2, 3), v
         self.prompt_length[seats] = prefix.lengths
@@ -170,14 +170,14 @@ class Batch:
         self.owner += [(owner, g) for owner in owners for g in range(self.G)]
         self.entered += [self.now] * len(uniforms)
         self.members += [self.G] * len(prompts)
-        self.append(self.model.logits(prefix.last).repeat_interleave(self.G, dim=0), rows)
+        self.add_token(self.model.logits(prefix.last).repeat_interleave(self.G, dim=0), rows)
 
     def decode(self, steps: int):
         """`steps` more tokens for every row, without asking the device for anything.
 
         On a GPU the launches of a step cost more than its work. So a step runs once as it stands, for warming up, then it is
         recorded as a CUDA graph and repeated; rows and seats are rounded up, and what is too much is computed and never read."""
-        self.fit(self.k, self.v, self.longest + steps - 1)
+        self.resize_cache(self.k, self.v, self.longest + steps - 1)
         self.length[self.n_rows:] = 1                                        # rows not alive count on as well: they must not outrun the cache
         sizes = [min(-(-n // unit) * unit, most) for n, unit, most in ((self.n_rows, self.row_unit, self.max_rows), (self.n_seats, self.seat_unit, self.max_seats))]
         key = (*sizes, self.prompt_k[0].shape[3])
@@ -226,7 +226,7 @@ class Batch:
             return (out + on_own @ values).view(n, -1, 1, d)
 
         hidden = self.model(self.tokens[row, at][:, None], attend=attend, positions=(prompt_length + at)[:, None])   # (n, 1, D)
-        self.append(self.model.logits(hidden[:, 0]), slice(0, n))
+        self.add_token(self.model.logits(hidden[:, 0]), slice(0, n))
 
     def leave(self, rows: list[int]):
         """Take rows out; the last ones alive move into their places, and prompts without rows lose their seats."""
@@ -301,7 +301,7 @@ def sample(model: Transformer, prompts: list[Tensor], group_size: int, max_new_t
     if min(len(p) for p in prompts) < 1 or G < 1 or max_new_tokens < 1 or not 0 <= temperature < math.inf:
         raise ValueError("sample: needs prompts of a token or more, group_size and max_new_tokens of 1 or more, temperature of 0 or more")
     with packed_weights(model):
-        responses = run_to_the_end(model, prompts, ids, G, max_new_tokens, lambda logits, u: choose(logits, u, temperature, top_p, top_k),
+        responses = run_to_the_end(model, prompts, ids, G, max_new_tokens, lambda logits, u: choose_token(logits, u, temperature, top_p, top_k),
                                    stop_ids, seed, max_rows, progress)
 
     def group(prompt, rows):

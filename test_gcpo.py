@@ -18,7 +18,7 @@ from gcpo import ALGORITHMS, Algorithm, Group, gold_group, group_advantages, kl_
 from logprobs import token_logprobs
 from model import Transformer, read_config
 from support.options import Config
-from train import Item, compute_copy, update
+from train import Item, make_policy, update
 
 
 torch.set_num_threads(1)  # the tensors are tiny: a second thread would only wait
@@ -380,7 +380,7 @@ def some_items(count=3, seed=0, gold=True, algorithm=ALGORITHMS["gcpo"]):
 def sgd_step(model, items, algorithm, **settings):
     """The gradient of one update, as the weights' change under plain SGD with rate 1."""
     before = [p.detach().clone() for p in model.parameters()]
-    update(model, compute_copy(model, torch.float32), torch.optim.SGD(model.parameters(), lr=1.0), items, algorithm,
+    update(model, make_policy(model, torch.float32), torch.optim.SGD(model.parameters(), lr=1.0), items, algorithm,
            Config(max_new_tokens=8, max_grad_norm=1e9, temperature=0.7, **settings))
     return torch.cat([(b - p.detach()).flatten() for b, p in zip(before, model.parameters())])
 

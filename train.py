@@ -32,12 +32,12 @@ from logprobs import encode_prompts, score_responses
 from model import Transformer, load_model, read_config, save_model
 from sampler import prompt_generator, sample
 from support import parallel
-from support.checkpoint import checkpoints, hold, load_checkpoint, newest_checkpoint, refuse_changes, save_checkpoint
+from support.checkpoint import checkpoints, lock_folder, load_checkpoint, newest_checkpoint, refuse_changes, save_checkpoint
 from support.common import InputError, exit_cleanly, pick_device, pick_dtype
 from support.cpu import give_back_freed_memory, keep_freed_memory
 from support.options import Config, fresh_folder, latest_folder, parse_flags, record_of
-from support.parallel import whole
-from support.runlog import announce, bf16_changed, heed_signals, last_words, local, logger, mean, peak_bytes, put_together, sample_record, warn
+from support.parallel import gather_shards
+from support.runlog import announce, bf16_changed, heed_signals, last_words, local, logger, mean, peak_bytes, gather_step, sample_record, warn
 from support.toy import build_toy, toy_files
 
 
@@ -88,13 +88,13 @@ def collect(step: int, compute: Transformer, tokenizer: Tokenizer, problems: lis
     left out, and further problems tried, `max_tries` rounds at most; places still empty are filled with the latest groups
     left out, without advantages. (SFT samples nothing; a problem without gold leaves its place empty.)"""
     if algorithm.train_on == "gold":
-        chosen = parallel.share([(place, problems[i]) for place, i in enumerate(next_problems(config.prompts, len(problems), state, config.seed))])
+        chosen = parallel.my_part([(place, problems[i]) for place, i in enumerate(next_problems(config.prompts, len(problems), state, config.seed))])
         return [], [Item(place, p, gold_group(p.prompt, p.gold_ids), torch.ones(1)) for place, p in chosen if p.gold_ids is not None]
 
     rollouts, kept, spare, places, filled = [], [], [], 0, 0
     for _ in range(algorithm.max_tries if algorithm.resample == "dynamic" else 1):
         indices = next_problems(config.prompts - filled, len(problems), state, config.seed)
-        chosen = parallel.share([(places + n, i, problems[i]) for n, i in enumerate(indices)])
+        chosen = parallel.my_part([(places + n, i, problems[i]) for n, i in enumerate(indices)])
         places += len(indices)
         # A stream for each place, not for each problem: with few problems one may come twice in a step.
         sampled = sample(compute, [p.prompt for *_, p in chosen], config.group_size, config.max_new_tokens, temperature=config.temperature,
@@ -113,15 +113,15 @@ def collect(step: int, compute: Transformer, tokenizer: Tokenizer, problems: lis
             else:                                                               # whatever its lengths may have done to its rewards
                 spare.append(replace(item, advantages=torch.zeros_like(item.advantages)))
         if algorithm.resample == "history":
-            outcomes = sum(parallel.gather(outcomes), [])
+            outcomes = sum(parallel.all_gather(outcomes), [])
             missed = {i for i, right in outcomes if not right}                  # a problem may come twice
             state["solved"] = sorted(({*state["solved"]} | {i for i, _ in outcomes}) - missed)
-        filled = parallel.totals(len(kept))[0]
+        filled = parallel.all_sum(len(kept))[0]
         if filled == config.prompts:
             break
     # Places are numbered anew, over all processes, as what is kept decides which update a group belongs to.
-    order = sorted(place for part in parallel.gather([item.place for item in kept]) for place in part)
-    order += sorted((place for part in parallel.gather([item.place for item in spare]) for place in part), reverse=True)[:config.prompts - len(order)]
+    order = sorted(place for part in parallel.all_gather([item.place for item in kept]) for place in part)
+    order += sorted((place for part in parallel.all_gather([item.place for item in spare]) for place in part), reverse=True)[:config.prompts - len(order)]
     number = {place: n for n, place in enumerate(order)}
     return rollouts, [replace(item, place=number[item.place]) for item in [*kept, *spare] if item.place in number]
 
@@ -129,7 +129,7 @@ def collect(step: int, compute: Transformer, tokenizer: Tokenizer, problems: lis
 # ---------------------------------------------------------------------------------------------------------------------
 # The compute copy
 
-def compute_copy(model: Transformer, dtype: torch.dtype) -> Transformer:
+def make_policy(model: Transformer, dtype: torch.dtype) -> Transformer:
     """The model in the dtype of the compute: itself in fp32, else a copy whose gradients arrive at `model` in fp32.
 
     Gradients are moved as soon as a backward pass has completed them, so that those of many groups add up in fp32.
@@ -144,15 +144,15 @@ def compute_copy(model: Transformer, dtype: torch.dtype) -> Transformer:
             master.grad = p.grad.float() if master.grad is None else master.grad.add_(p.grad)
             p.grad = None
         p.register_post_accumulate_grad_hook(move)
-    refresh(copy, model)
+    refresh_policy(copy, model)
     return copy
 
 
 @torch.no_grad()
-def refresh(copy: Transformer, model: Transformer) -> None:
+def refresh_policy(copy: Transformer, model: Transformer) -> None:
     if copy is not model:
         for p, master in zip(copy.parameters(), model.parameters()):
-            p.copy_(whole(master.to(p.dtype)))
+            p.copy_(gather_shards(master.to(p.dtype)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -253,22 +253,22 @@ def update(model: Transformer, compute: Transformer, optimizer, items: list[Item
     contrast has no gradient and costs nothing, but counts. Where no group has any, weights and moments stay as they are:
     momentum must not move them. Nor is there a step on a gradient that is not finite; its norm is returned."""
     live, sums = [i for i in items if i.has_contrast], Counter()
-    total_rows, total_tokens, total_live = parallel.totals(sum(len(i.group.lengths) for i in items), sum(int(i.group.lengths.sum()) for i in items), len(live))
+    total_rows, total_tokens, total_live = parallel.all_sum(sum(len(i.group.lengths) for i in items), sum(int(i.group.lengths.sum()) for i in items), len(live))
     if not total_live:
         return sums, None
     learner, batches, idle = compute, passes(live, config), 0
     if parallel.is_sharded(model):                                              # whose passes all processes make together
         count = sum(-(-sum(len(i.group.lengths) for i in batch) // config.rows_per_pass) for batch in batches)
-        learner, idle = model, max(parallel.gather(count)) - count
+        learner, idle = model, max(parallel.all_gather(count)) - count
     for batch in batches:
         sums.update(backward(learner, batch, algorithm, config, total_rows, total_tokens))
     for _ in range(idle):
         idle_pass(learner)
     parallel.sum_gradients(model)
-    grad_norm = float(whole(torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)))
+    grad_norm = float(gather_shards(torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)))
     if math.isfinite(grad_norm):
         optimizer.step()
-        refresh(compute, model)
+        refresh_policy(compute, model)
     optimizer.zero_grad(set_to_none=True)
     return sums, grad_norm
 
@@ -328,7 +328,7 @@ def train(config: Config, algorithm: Algorithm, model: Transformer, compute: Tra
 
     if checkpoint:
         state = load_checkpoint(checkpoint, model, optimizer)
-        refresh(compute, model)
+        refresh_policy(compute, model)
         if state["step"] > config.steps:
             raise InputError(f"--steps {config.steps}: the run in {config.out} is at step {state['step']} already")
         if state["step"] == config.steps:
@@ -354,7 +354,7 @@ def train(config: Config, algorithm: Algorithm, model: Transformer, compute: Tra
         updated = time.perf_counter()
 
         # What the processes did is put together; the first of them writes it down.
-        metrics, tokens, not_finite, stop = put_together(step + 1, rollouts, items, sums, norms, bad, tokenizer, stopping())
+        metrics, tokens, not_finite, stop = gather_step(step + 1, rollouts, items, sums, norms, bad, tokenizer, stopping())
         metrics |= {"update/lr": learning_rate(step, config), "update/bf16_changed": bf16_changed(model, start), "time/sample": sampled - began,
                     "time/update": updated - sampled, "time/tokens_per_second": tokens / (updated - began),
                     "memory/peak_gib": peak_bytes(compute.norm.weight.device) / 2**30}
@@ -374,7 +374,7 @@ def train(config: Config, algorithm: Algorithm, model: Transformer, compute: Tra
         give_up = state["bad_steps"] >= config.max_bad_steps
         if due(config.save_every) or state["best_step"] == step + 1 or stop or give_up:
             save_checkpoint(config.out, model, optimizer, state, tokenizer_files, config.keep, write=first)
-        parallel.gather(None)                                                   # the others wait until it is written
+        parallel.all_gather(None)                                                   # the others wait until it is written
         if give_up:
             raise InputError(f"step {step + 1}: gradients were not finite in {state['bad_steps']} steps in a row (samples.jsonl shows the groups); the weights "
                              f"as of the last finite update are in {config.out}/checkpoints; try a lower --lr or --dtype float32")
@@ -395,13 +395,13 @@ def evaluation(compute: Transformer, held_out: list[Problem], tokenizer: Tokeniz
     if not held_out:
         return {}
     began = time.perf_counter()
-    mine = parallel.share(list(enumerate(held_out)))
+    mine = parallel.my_part(list(enumerate(held_out)))
     completions = complete(compute, [p for _, p in mine], tokenizer, config.eval_samples, config.max_new_tokens, temperature=float(config.eval_samples > 1),
                            seed=config.seed, prompt_ids=[i for i, _ in mine], max_rows=config.rows or None, reward=reward, correct_at=config.correct_at,
                            progress="evaluating" if parallel.rank() == 0 else "")
-    metrics = summarize(parallel.merge(parallel.gather(completions)))
+    metrics = summarize(parallel.interleave(parallel.all_gather(completions)))
     golds = [Item(i, p, gold_group(p.prompt, p.gold_ids), torch.ones(1)) for i, p in mine if p.gold_ids is not None]
-    scores = parallel.gather([[item.place, float(logprobs.mean())] for item, logprobs in zip(golds, score(compute, golds, config, 1.0))])
+    scores = parallel.all_gather([[item.place, float(logprobs.mean())] for item, logprobs in zip(golds, score(compute, golds, config, 1.0))])
     metrics["gold_logprob"] = mean(value for _, value in sorted(pair for part in scores for pair in part))
     return {**{f"eval/{name}": value for name, value in metrics.items()}, "time/eval": time.perf_counter() - began}
 
@@ -463,7 +463,7 @@ def read_all(config: Config, algorithm: Algorithm, device: torch.device):
 
 def checkpoint_to_resume(out: str) -> str | None:
     """The newest whole one; None if the run had not come to its first."""
-    checkpoint = parallel.gather(newest_checkpoint(out) if parallel.rank() == 0 else None)[0]
+    checkpoint = parallel.all_gather(newest_checkpoint(out) if parallel.rank() == 0 else None)[0]
     if checkpoint is None and checkpoints(out):
         raise InputError(f"--resume: no checkpoint in {out}/checkpoints is whole; mend one, or begin a new run")
     return checkpoint
@@ -472,7 +472,7 @@ def checkpoint_to_resume(out: str) -> str | None:
 def main():
     keep_freed_memory()
     config, algorithm, given = parse_flags()
-    own_device, first = parallel.start(), parallel.rank() == 0
+    own_device, first = parallel.join(), parallel.rank() == 0
     if config.threads:
         torch.set_num_threads(config.threads)
     if config.shard and parallel.world() == 1:
@@ -487,7 +487,7 @@ def main():
     name = os.path.basename(os.path.dirname(folder) if os.path.basename(folder) == "model" else folder)  # runs/NAME/model is NAME
     stem = os.path.join("runs", f"{name}-{algorithm.name}") if not config.show else os.path.join(tempfile.gettempdir(), f"gcpo-{os.getpid()}")
     out = config.out or (latest_folder(stem) if config.resume else fresh_folder(stem))
-    config = replace(config, out=parallel.gather(out)[0])
+    config = replace(config, out=parallel.all_gather(out)[0])
     if config.resume and not os.path.isfile(os.path.join(config.out, "run.json")):
         raise InputError(f"--resume: {config.out} holds no run (no run.json there); name the run with --out, or begin anew without --resume")
 
@@ -496,7 +496,7 @@ def main():
         folder = os.path.join(config.out, "toy")
         if first and not config.resume:
             build_toy(folder, config.seed)
-        parallel.gather(None)                                       # until it is there
+        parallel.all_gather(None)                                       # until it is there
         config = replace(config, **toy_files(folder))
     try:
         reward, problems, held_out, complaints, tokenizer, model = read_all(config, algorithm, device)
@@ -504,14 +504,14 @@ def main():
         if toy and first and not config.resume:
             shutil.rmtree(config.out)
         raise
-    compute = compute_copy(model, pick_dtype(config.dtype, device))
+    compute = make_policy(model, pick_dtype(config.dtype, device))
     compute.gradient_checkpointing = model.gradient_checkpointing = config.gradient_checkpointing
     if config.show:
         shutil.rmtree(config.out, ignore_errors=True)               # the toy's files
         return show(config, algorithm, model, compute, tokenizer, problems, reward)
 
     # How it begins, goes, and ends
-    settings = parallel.gather(record_of(config, algorithm, device, compute) if first else None)[0]
+    settings = parallel.all_gather(record_of(config, algorithm, device, compute) if first else None)[0]
     checkpoint = None
     if config.resume:
         refuse_changes(config.out, settings)
@@ -519,7 +519,7 @@ def main():
     os.makedirs(config.out, exist_ok=True)
     if first:
         warn(config, algorithm, problems, held_out, complaints)
-        hold(config.out)
+        lock_folder(config.out)
         announce(config, algorithm, given, settings, name, device, model, compute, problems, held_out, complaints, checkpoint)
     try:
         before, after = train(config, algorithm, model, compute, tokenizer, problems, held_out, reward, logger(config.out), checkpoint, heed_signals())
@@ -534,4 +534,4 @@ def main():
 
 
 if __name__ == "__main__":
-    exit_cleanly(lambda: parallel.together(main))
+    exit_cleanly(lambda: parallel.run_distributed(main))

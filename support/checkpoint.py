@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 
 from model import Transformer, on_cpu, read_weights, save_model
 from support.common import InputError, read_json, written_whole
-from support.parallel import fill
+from support.parallel import copy_into
 
 
 def sha256(path: str) -> str:
@@ -39,7 +39,7 @@ def flush_to_disk(path: str) -> None:
         os.close(fd)
 
 
-def hold(folder: str) -> None:
+def lock_folder(folder: str) -> None:
     """Keep other runs out of a folder for as long as this process lives. Raises InputError if one is in it."""
     try:
         import fcntl
@@ -93,7 +93,7 @@ STATE = {"step": (int,), "bad_steps": (int,), "before": (float, NOTHING), "after
          "epoch": (int,), "taken": (int,), "solved": (list,), "dropped": (list,)}
 
 
-def damage(path: str) -> str | None:
+def checkpoint_fault(path: str) -> str | None:
     """What is wrong with a checkpoint, or None."""
     try:
         state = read_json(os.path.join(path, "state.json"))
@@ -124,7 +124,7 @@ def newest_checkpoint(out: str) -> str | None:
     """Path of the newest whole checkpoint; each that is damaged is named on stderr."""
     for name in reversed(checkpoints(out)):
         path = os.path.join(out, "checkpoints", name)
-        wrong = damage(path)
+        wrong = checkpoint_fault(path)
         if wrong is None:
             return path
         print(f"warning: checkpoint {path} is damaged ({wrong}); going back to the one before", file=sys.stderr)
@@ -143,7 +143,7 @@ def load_checkpoint(path: str, model: Transformer, optimizer: torch.optim.Optimi
                 raise InputError(f"{path}: optimizer.safetensors holds {name}, which this model does not have")
             p, tensor = by_name[parameter], f.get_tensor(name)
             moment = torch.empty_like(p) if tensor.dim() else torch.empty((), device=p.device)   # or the number of steps
-            fill(moment, tensor)
+            copy_into(moment, tensor)
             optimizer.state[p][key] = moment
     return read_json(os.path.join(path, "state.json"))
 

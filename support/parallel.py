@@ -25,7 +25,7 @@ from support.common import InputError
 BUCKET = 2**25  # gradient elements that travel together
 
 
-def start() -> str | None:
+def join() -> str | None:
     """Join the others, if torchrun started us. Returns this process's device, or None to choose as usual."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return None
@@ -38,7 +38,7 @@ def start() -> str | None:
     return device
 
 
-def together(main) -> None:
+def run_distributed(main) -> None:
     """Run main(). Raises InputError where a collective fails: with NCCL and gloo alike, somebody is not there any more."""
     try:
         main()
@@ -48,10 +48,10 @@ def together(main) -> None:
         raise InputError(f"process {rank()} lost touch with another, which has ended or was killed ({str(e).splitlines()[0][:100]}); "
                          "what that one said stands nearby; --resume goes on from the last checkpoint") from None
     finally:
-        end()
+        leave()
 
 
-def end() -> None:
+def leave() -> None:
     if dist.is_initialized():
         gc.collect()    # FSDP's cycles hold the group, whose threads must not outlive the interpreter
         dist.destroy_process_group()
@@ -65,17 +65,17 @@ def world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def share(xs: list) -> list:
+def my_part(xs: list) -> list:
     """This process's part. Parts may differ by one in length, or be empty."""
     return xs[rank()::world()]
 
 
-def merge(parts: list[list]) -> list:
+def interleave(parts: list[list]) -> list:
     """The list whose `share`s these are."""
     return [parts[i % len(parts)][i // len(parts)] for i in range(sum(map(len, parts)))]
 
 
-def gather(value) -> list:
+def all_gather(value) -> list:
     """What each process holds, in the order of ranks; plain data, sent as JSON: nothing that could be executed."""
     if world() == 1:
         return [value]
@@ -88,9 +88,9 @@ def gather(value) -> list:
     return [json.loads(bytes(part[:int(size)].tolist())) for part, size in zip(parts, sizes)]
 
 
-def totals(*numbers: int) -> list[int]:
+def all_sum(*numbers: int) -> list[int]:
     """Each number summed over the processes."""
-    return [sum(column) for column in zip(*gather(numbers))]
+    return [sum(column) for column in zip(*all_gather(numbers))]
 
 
 def sum_gradients(model: torch.nn.Module) -> None:
@@ -139,13 +139,13 @@ def is_sharded(model: torch.nn.Module) -> bool:
     return hasattr(model, "unshard")
 
 
-def whole(x: Tensor) -> Tensor:
+def gather_shards(x: Tensor) -> Tensor:
     """All of a tensor, also where this process has a shard of it (parallel.py); all processes must ask."""
     return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 
 @torch.no_grad()
-def fill(parameter: Tensor, tensor: Tensor) -> None:
+def copy_into(parameter: Tensor, tensor: Tensor) -> None:
     """Copy a whole tensor into a parameter, or this process's shard of it into its own."""
     if hasattr(parameter, "device_mesh"):
         from torch.distributed.tensor import distribute_tensor

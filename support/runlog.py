@@ -31,14 +31,14 @@ def mean(values) -> float:
     return sum(values) / len(values) if values else math.nan
 
 
-def put_together(step: int, rollouts: list[Group], items: list, sums: Counter, norms: list[float | None], bad,
+def gather_step(step: int, rollouts: list[Group], items: list, sums: Counter, norms: list[float | None], bad,
                  tokenizer: Tokenizer, stopping: bool) -> tuple[dict, int, dict | None, bool]:
     """Of a step, over all processes: its metrics; how many tokens were sampled, or trained on where none were; the record of a group without
     finite gradient, one it was traced to if there is any; whether a process was asked to stop."""
     suspect = bad or next((i for i in items if i.has_contrast), None) if any(n is not None and not math.isfinite(n) for n in norms) else None
     record = suspect and sample_record(step, [suspect], tokenizer) | {"gradient": "not finite", "traced_to_this_group": bad is not None}
     tokens = sum(int(g.lengths.sum()) for g in rollouts or [i.group for i in items])
-    numbers, all_sums, all_tokens, records, stops = zip(*parallel.gather([rollout_numbers(rollouts, items), sums, tokens, record, stopping]))
+    numbers, all_sums, all_tokens, records, stops = zip(*parallel.all_gather([rollout_numbers(rollouts, items), sums, tokens, record, stopping]))
     sums = Counter()
     for part in all_sums:
         sums.update(part)
@@ -99,7 +99,7 @@ def bf16_changed(model: Transformer, start: list[torch.Tensor]) -> float:
     """Share of weights whose value in bf16 differs from the start's: only these can change a bf16 forward pass."""
     changed, size = sum(int((local(p).to(torch.bfloat16) != s).sum()) for p, s in zip(model.parameters(), start)), sum(s.numel() for s in start)
     if parallel.is_sharded(model):
-        changed, size = parallel.totals(changed, size)
+        changed, size = parallel.all_sum(changed, size)
     return changed / size
 
 

@@ -17,6 +17,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 import data
+from support import chat
 from data import INSTRUCTIONS, Problem, grade_group, load_reward, load_tokenizer, prepare, read_problems
 from gcpo import Group
 from grader import canonical, extract_answer, grade, last_boxed, last_number
@@ -701,7 +702,7 @@ HOSTILE = {  # name: template, what the message must say
 def test_hostile_templates(tmp_path, monkeypatch, template, says):
     """Forbids a downloaded template that hangs the program, eats its memory or reaches into it."""
     if says == "does not end":
-        monkeypatch.setattr(data, "RENDER_SECONDS", 1)
+        monkeypatch.setattr(chat, "RENDER_SECONDS", 1)
     tokenizer = load_tokenizer(make_folder(tmp_path, template_file=template))
     start = time.perf_counter()
     refusal(lambda: tokenizer.encode_prompt(Problem("Q?", "4")), "chat_template.jinja", says)

@@ -22,7 +22,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 from gcpo import ALGORITHMS  # noqa: E402
 from model import load_model  # noqa: E402
-from support.checkpoint import damage, newest_checkpoint, save_checkpoint  # noqa: E402
+from support.checkpoint import checkpoint_fault, newest_checkpoint, save_checkpoint  # noqa: E402
 from support.common import exit_cleanly  # noqa: E402
 from support.toy import build_toy  # noqa: E402
 from train import main  # noqa: E402
@@ -277,7 +277,7 @@ def test_damage_is_noticed(how, whole, tmp_path):
     """Forbids a checkpoint that is believed because it is there."""
     path = str(tmp_path / "step-000012")
     shutil.copytree(f"{whole.out}/checkpoints/step-000012", path)
-    assert damage(path) is None
+    assert checkpoint_fault(path) is None
     victim = os.path.join(path, "model", "model.safetensors")
     if how == "missing":
         os.remove(victim)
@@ -294,7 +294,7 @@ def test_damage_is_noticed(how, whole, tmp_path):
             state["taken" if how == "taken" else "step"] = -3
         with open(f"{path}/state.json", "w") as f:
             f.write("{" if how == "state" else json.dumps(state))
-    assert damage(path)
+    assert checkpoint_fault(path)
 
 
 def test_another_model_is_refused(whole, tmp_path):

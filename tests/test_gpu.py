@@ -12,7 +12,7 @@ from logprobs import token_logprobs
 from model import Transformer, load_model, read_config, save_model
 from sampler import sample
 from support.options import Config
-from train import Item, compute_copy, update
+from train import Item, make_policy, update
 
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -50,7 +50,7 @@ def test_logprobs_equal_the_cpu(tmp_path, shape):
     with torch.no_grad():
         exact = token_logprobs(cpu, group.prompt, group.responses, 0.7, group.lengths)[0][group.mask]
         assert (move(gpu) - exact).abs().max() < 1e-3
-        assert (move(compute_copy(gpu, torch.bfloat16)) - exact).abs().mean() < 0.05
+        assert (move(make_policy(gpu, torch.bfloat16)) - exact).abs().mean() < 0.05
 
 
 @SHAPES
@@ -61,7 +61,7 @@ def test_gradient_points_where_the_cpu_gradient_points(tmp_path, shape):
         model = make(tmp_path, shape, device)
         before = torch.cat([p.detach().flatten() for p in model.parameters()])
         item = Item(0, None, group, torch.tensor([2.0] + [-0.3] * 7))
-        update(model, compute_copy(model, dtype), torch.optim.SGD(model.parameters(), lr=1.0), [item], ALGORITHMS["gcpo"], Config(max_grad_norm=1.0))
+        update(model, make_policy(model, dtype), torch.optim.SGD(model.parameters(), lr=1.0), [item], ALGORITHMS["gcpo"], Config(max_grad_norm=1.0))
         steps.append((torch.cat([p.detach().flatten() for p in model.parameters()]) - before).cpu())
     assert torch.nn.functional.cosine_similarity(*steps, dim=0) > 0.98
 

@@ -17,6 +17,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import logprobs as logprobs_module
 import model as model_module
 from logprobs import encode_prompts, linear_logprobs, score_responses, token_logprobs
 from model import load_model, save_model
@@ -457,7 +458,7 @@ def test_memory_settings_change_no_gradient(again, at_once, tmp_path, monkeypatc
         logits = model.logits(model(torch.cat([prompts[i], ids[:n]])[None]))[0, len(prompts[i]) - 1:-1]
         plain = plain + (logits / 0.7).log_softmax(-1).gather(1, ids[:n, None]).sum()
     expected = gradients(model, plain)
-    monkeypatch.setattr(model_module, "SCORES_AT_ONCE", at_once)
+    monkeypatch.setattr(logprobs_module, "SCORES_AT_ONCE", at_once)
     model.gradient_checkpointing = again
     together, _ = score_responses(model, prompts, owner, responses, lengths, 0.7)
     assert_same_gradients(gradients(model, together.sum()), expected, 1e-5)
@@ -474,7 +475,7 @@ def test_attention_by_hand():
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 3, n, 4, dtype=torch.float64, generator=generator).requires_grad_() for n in (5, 6, 6))
     bias = torch.zeros(2, 1, 5, 6).masked_fill(torch.ones(5, 6, dtype=torch.bool).triu(2), float("-inf"))
-    attention = lambda q, k, v: model_module.CachedAttention.apply(q, k, v, bias)
+    attention = lambda q, k, v: cpu.CachedAttention.apply(q, k, v, bias)
     assert torch.autograd.gradcheck(attention, (q, k, v))
     assert relative(attention(q, k, v), F.scaled_dot_product_attention(q, k, v, attn_mask=bias.double())) < 1e-12
 
@@ -531,7 +532,7 @@ def some_linear(n=7, width=5, vocab=11, dtype=torch.float64, scale=1.0):
 def test_hand_written_gradient(temperature, rows_at_once, monkeypatch):
     """Forbids an error in the hand-written backward: finite differences, in float64, over whole and broken chunks."""
     hidden, weight, targets = some_linear()
-    monkeypatch.setattr(model_module, "LOGITS_AT_ONCE", rows_at_once * len(weight))
+    monkeypatch.setattr(logprobs_module, "LOGITS_AT_ONCE", rows_at_once * len(weight))
     assert torch.autograd.gradcheck(lambda h, w: linear_logprobs(h, w, targets, temperature), (hidden, weight))
 
 
@@ -550,8 +551,8 @@ def test_chunks_do_not_matter(monkeypatch):
     expected_grads = torch.autograd.grad((w * expected).sum(), (hidden, weight))
     for at_once, most in [(1, 1), (len(weight), 1), (4 * len(weight), 4), (9 * len(weight) + 3, 9), (10**6, 10)]:
         rows.clear()
-        monkeypatch.setattr(model_module, "LOGITS_AT_ONCE", at_once)
-        monkeypatch.setattr(model_module.F, "linear", counted)
+        monkeypatch.setattr(logprobs_module, "LOGITS_AT_ONCE", at_once)
+        monkeypatch.setattr(logprobs_module.F, "linear", counted)
         logprobs, entropy = linear_logprobs(hidden, weight, targets, 0.7)
         grads = torch.autograd.grad((w * logprobs).sum(), (hidden, weight))
         assert max(rows) == most and sum(rows) == 20      # every row once forward and once backward

@@ -15,9 +15,9 @@ from gcpo import ALGORITHMS, Group, group_advantages
 from model import load_model
 from support import parallel
 from support.options import Config
-from support.parallel import whole
+from support.parallel import gather_shards
 from support.toy import build_toy
-from train import Item, compute_copy, update
+from train import Item, make_policy, update
 
 
 def free_port():
@@ -42,20 +42,20 @@ def fixed_items(contrast):
 def worker(rank, world, port, folder, contrast, optimizer_name, shard):
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
-    parallel.start()
+    parallel.join()
     split = lambda model: parallel.shard(model, torch.device("cpu"), torch.float32)
     model = load_model(os.path.join(folder, "toy", "model"), shard=split if shard and world > 1 else None)
-    compute = compute_copy(model, torch.float32)
+    compute = make_policy(model, torch.float32)
     compute.gradient_checkpointing = model.gradient_checkpointing = shard and optimizer_name == "adamw"
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1) if optimizer_name == "sgd" else torch.optim.AdamW(model.parameters(), lr=1e-3)
-    items, norms = parallel.share(fixed_items(contrast)), []
+    items, norms = parallel.my_part(fixed_items(contrast)), []
     for _ in range(3):
         norms.append(update(model, compute, optimizer, items, ALGORITHMS["gcpo"], Config(max_new_tokens=24, rows_per_pass=3 if shard else 8))[1])
-    weights = torch.cat([whole(p.detach()).flatten() for p in model.parameters()])
+    weights = torch.cat([gather_shards(p.detach()).flatten() for p in model.parameters()])
     assert torch.equal(weights, torch.cat([p.detach().flatten() for p in compute.parameters()]))    # what samples next is what was trained
     if rank == 0:
         torch.save([weights, norms], os.path.join(folder, f"{world}.pt"))
-    parallel.end()
+    parallel.leave()
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,7 @@ def test_what_is_shared_is_merged_in_order():
     """Forbids problems that lose their place: shares of every length over up to five processes."""
     for n in range(12):
         for world in range(1, 6):
-            assert parallel.merge([list(range(n))[rank::world] for rank in range(world)]) == list(range(n))
+            assert parallel.interleave([list(range(n))[rank::world] for rank in range(world)]) == list(range(n))
 
 
 def torchrun(run, n, *flags):

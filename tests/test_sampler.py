@@ -21,6 +21,7 @@ import tokenizers
 import torch
 from hypothesis import strategies as st
 
+import evaluate as evaluate_module
 import sampler
 from data import Problem, load_tokenizer, prepare, read_problems
 from evaluate import evaluate, pass_at_k
@@ -28,7 +29,7 @@ from gcpo import Group
 from grader import grade
 from logprobs import token_logprobs
 from model import Transformer, load_model, read_config, save_model
-from sampler import choose, pick, prompt_generator, sample
+from sampler import choose_token, inverse_cdf, prompt_generator, sample
 
 
 LLAMA = dict(model_type="llama", vocab_size=53, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -344,7 +345,7 @@ def assert_drawn_from(tokens, probs):
 def draw_many(logits, n, seed=0, **settings):
     """n tokens of the same logits (V,)."""
     u = torch.rand(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return torch.cat([choose(logits.expand(len(part), -1), part, **settings)[0] for part in u.split(500)]).numpy()
+    return torch.cat([choose_token(logits.expand(len(part), -1), part, **settings)[0] for part in u.split(500)]).numpy()
 
 
 def some_logits(V, seed=0):
@@ -385,7 +386,7 @@ def test_the_nucleus_by_hand():
     for settings, kept in [(dict(top_p=0.39), {1}), (dict(top_p=0.5), {1, 3}), (dict(top_p=0.8), {1, 3, 4}),
                            (dict(top_p=0.9), {1, 3, 4, 2}), (dict(top_k=2), {1, 3}), (dict(top_k=9), {0, 1, 2, 3, 4}),
                            (dict(top_k=3, top_p=0.3), {1}), (dict(top_k=1, top_p=0.9), {1}), (dict(), {0, 1, 2, 3, 4})]:
-        tokens, logprobs = choose(probs.log().expand(1001, -1), u, 1.0, **settings)
+        tokens, logprobs = choose_token(probs.log().expand(1001, -1), u, 1.0, **settings)
         assert set(tokens.tolist()) == kept, settings
         torch.testing.assert_close(logprobs, probs.log()[tokens], atol=1e-6, rtol=0)
 
@@ -397,7 +398,7 @@ def test_a_token_of_probability_zero_is_never_drawn(V):
     first, last = V // 3, V - V // 3 - 1
     logits[:, :first] = logits[:, last + 1:] = float("-inf")
     for u, expected in ((0.0, first), (ALMOST_ONE, last)):
-        token, logprob = choose(logits, torch.full((200,), u, dtype=torch.float64), 1.0)
+        token, logprob = choose_token(logits, torch.full((200,), u, dtype=torch.float64), 1.0)
         assert token.tolist() == [expected] * 200 and logprob.isfinite().all()
 
 
@@ -408,7 +409,7 @@ def test_pick_at_both_ends():
     weights = random(2000, 9) * 10 ** (6 * random(2000, 1) - 3)
     weights[:, :2] = weights[:, 4] = weights[:, -3:] = 0
     for u, expected in ((0.0, 2), (ALMOST_ONE, 5), (1.0, 5)):             # 1: `rest` of the first search may be, and goes into the second
-        index, rest = pick(weights, torch.full((2000,), u, dtype=torch.float64))
+        index, rest = inverse_cdf(weights, torch.full((2000,), u, dtype=torch.float64))
         assert index.tolist() == [expected] * 2000 and ((0 <= rest) & (rest <= 1)).all()
 
 
@@ -417,7 +418,7 @@ def test_pick_equals_a_search_in_the_cumulative_sum():
     rng = np.random.default_rng(0)
     weights, u = rng.random((500, 37)) * (rng.random((500, 37)) < 0.6), rng.random(500)
     weights[:, 5] += 0.1
-    index, rest = (x.numpy() for x in pick(torch.tensor(weights), torch.tensor(u)))
+    index, rest = (x.numpy() for x in inverse_cdf(torch.tensor(weights), torch.tensor(u)))
     cdf = weights.cumsum(1)
     assert index.tolist() == [np.searchsorted(row, x * row[-1], side="right") for row, x in zip(cdf, u)]
     row = np.arange(500)
@@ -429,7 +430,7 @@ def test_choose_equals_a_flat_search(V):
     """Forbids a two-level search that is more than rounding away from the flat one: the wrong block, or a stale rest."""
     logits = some_logits(V)
     u = torch.rand(2000, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    tokens = np.concatenate([choose(logits.expand(len(part), -1), part, 1.0)[0] for part in u.split(500)])
+    tokens = np.concatenate([choose_token(logits.expand(len(part), -1), part, 1.0)[0] for part in u.split(500)])
     cdf = logits.softmax(-1).double().numpy().cumsum()
     u = u.numpy() * cdf[-1]
     edges = np.concatenate([[0], cdf])
@@ -540,7 +541,7 @@ def evaluate_by_hand(monkeypatch, **settings):
         finished = torch.tensor([(i, s) not in UNFINISHED for s in range(4)])
         responses = torch.arange(4 * i, 4 * i + 4)[:, None].expand(-1, 4)
         return Group(torch.tensor([1]), responses, torch.arange(1, 5), finished, torch.zeros(4, 4), no, torch.zeros(4), no)
-    monkeypatch.setattr(sampler, "sample", lambda *args, **kwargs: [group(i) for i in range(len(HAND_MADE))])
+    monkeypatch.setattr(evaluate_module, "sample", lambda *args, **kwargs: [group(i) for i in range(len(HAND_MADE))])
     problems = [Problem(f"question {i}", answer, prompt=torch.tensor([1])) for i, (answer, _) in enumerate(HAND_MADE)]
     return evaluate(None, problems, tokenizer, 4, 16, temperature=1.0, **settings)
 
@@ -631,17 +632,17 @@ def command(folder, **changes):
 
 def run_here(arguments, monkeypatch, capsys):
     """`python sampler.py …` in this process, which saves the seconds that importing torch takes. A traceback would come out of it."""
-    monkeypatch.setattr(sys, "argv", ["sampler.py", *arguments])
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments])
     code = 0
     try:
-        runpy.run_path(sampler.__file__, run_name="__main__")
+        runpy.run_path(evaluate_module.__file__, run_name="__main__")
     except SystemExit as e:
         code = e.code
     return code, capsys.readouterr()
 
 
 def run_apart(arguments):
-    return subprocess.run([sys.executable, sampler.__file__, *arguments], capture_output=True, text=True, encoding="utf-8", timeout=120,
+    return subprocess.run([sys.executable, evaluate_module.__file__, *arguments], capture_output=True, text=True, encoding="utf-8", timeout=120,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
@@ -759,7 +760,7 @@ def test_what_is_no_command_line_is_refused(folder, monkeypatch, capsys, changes
     """Forbids a misspelt flag that is ignored. (These are argparse's own messages, with the usage above them.)"""
     before = files(folder)
     code, printed = run_here(command(folder, **changes), monkeypatch, capsys)
-    assert code == 2 and files(folder) == before and printed.err.splitlines()[-1].startswith("sampler.py: error: ")
+    assert code == 2 and files(folder) == before and printed.err.splitlines()[-1].startswith("evaluate.py: error: ")
 
 
 def test_an_error_in_a_process_of_its_own(folder):

@@ -22,7 +22,7 @@ from support.common import InputError, exit_cleanly
 from support.options import Config
 from support.runlog import rollout_metrics, rollout_numbers, update_metrics
 from support.toy import TOY, build_toy
-from train import BEGINNING, Item, collect, compute_copy, learning_rate, next_problems, refresh
+from train import BEGINNING, Item, collect, make_policy, learning_rate, next_problems, refresh_policy
 
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -285,7 +285,7 @@ def test_bf16_copy_leaves_its_gradients_on_the_fp32_weights(toy):
     """Forbids bf16 master weights (9): gradients of two passes add up in fp32 on the weights, the copy keeps none, and
     after a step the copy is the rounded weights again."""
     model = load_model(toy["model"])
-    copy = compute_copy(model, torch.bfloat16)
+    copy = make_policy(model, torch.bfloat16)
     prompt, responses = torch.tensor([3, 4, 5]), torch.tensor([[6, 7, 8], [9, 10, 11]])
     for _ in range(2):
         token_logprobs(copy, prompt, responses)[0].sum().backward()
@@ -297,7 +297,7 @@ def test_bf16_copy_leaves_its_gradients_on_the_fp32_weights(toy):
     assert torch.nn.functional.cosine_similarity(twice, exact, dim=0) > 0.999 and abs(twice.norm() / exact.norm() - 2) < 0.02
     with torch.no_grad():
         model.norm.weight += 1.0
-    refresh(copy, model)
+    refresh_policy(copy, model)
     assert all(torch.equal(a, b.bfloat16()) for a, b in zip(copy.parameters(), model.parameters()))
 
 
@@ -408,7 +408,7 @@ def test_default_learning_rate_moves_a_real_model():
     compute dtype, where a change below half a bf16 step cannot be seen."""
     folder = os.environ["GCPO_TEST_MODEL"]
     tokenizer, model = load_tokenizer(folder), load_model(folder)
-    compute, config, gcpo = compute_copy(model, torch.bfloat16), Config(), ALGORITHMS["gcpo"]
+    compute, config, gcpo = make_policy(model, torch.bfloat16), Config(), ALGORITHMS["gcpo"]
     item_of = lambda text, gold: (tokenizer.encode_response(text), tokenizer.encode_response(gold))
     wrong, gold = item_of("I do not know.", "He has 3 + 4 = 7 apples.\n#### 7")
     width = max(len(wrong), len(gold))
@@ -437,8 +437,8 @@ def test_toy_defaults_are_flags():
 # ---------------------------------------------------------------------------------------------------------------------
 # The README
 
-def test_readme_names_every_metric_every_preset_and_the_right_line_counts(toy, tmp_path):
-    """Forbids a metric without its sentence, a preset without its paper, and a reading order with old numbers."""
+def test_readme_names_every_metric_and_every_preset(toy, tmp_path):
+    """Forbids a metric without its sentence, and a preset without its paper."""
     with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as f:
         readme = f.read()
     written = {key for row in metrics_of(on_toy(toy, tmp_path / "run", "--eval-samples", "2")) for key in row if key != "step"}
@@ -446,6 +446,3 @@ def test_readme_names_every_metric_every_preset_and_the_right_line_counts(toy, t
     explained |= {key: "`eval/pass@k`" for key in written if key.startswith("eval/pass@")}
     assert not {key for key in written if explained.get(key, f"`{key}`") not in readme}
     assert all(f"| `{name}` |" in readme for name in ALGORITHMS)
-    for name in ("gcpo.py", "sampler.py", "model.py", "data.py", "train.py", "test_gcpo.py"):
-        with open(os.path.join(ROOT, name), encoding="utf-8") as f:
-            assert f"| `{name}` | {sum(1 for _ in f)} |" in readme
