@@ -1,76 +1,113 @@
 """Accuracy of a model on a file of problems, and gold written by a model.
 
-    python evaluate.py --model DIR --data FILE --samples 8 --temperature 1.0 --out completions.jsonl
+    python evaluate.py --model DIR --data FILE --samples 8 --out completions.jsonl
+    python evaluate.py --model DIR --data FILE --samples 8 --keep-correct gold.jsonl
+
+The second writes the problems that were solved, each with its shortest right response as gold:
+a larger model's gold for a smaller one. train.py evaluates held-out problems with the same code.
 """
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import os
+import time
 from collections import Counter
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
-from data import Problem, Tokenizer, grade_group, load_reward, load_tokenizer, prepare, read_problems
-from grader import canonical, extract_answer, grade, last_number
+from data import Problem, Tokenizer, grade_group, load_tokenizer, prepare, read_problems
+from grader import Reward, canonical, extract_answer, last_number
+from logprobs import score_responses
 from model import Transformer, load_model
 from sampler import sample
+from support import parallel
 from support.common import InputError, exit_cleanly, pick_device, pick_dtype, written_whole
 from support.cpu import keep_freed_memory
+from support.options import load_reward
+
+
+# --------------------------------------------------------------------------------------------------
+# Completions and their metrics
+
+def complete(
+    model: Transformer,
+    problems: list[Problem],
+    tokenizer: Tokenizer,
+    samples: int,
+    max_new_tokens: int,
+    reward: Reward = Reward(),
+    **sampling,
+) -> list[list[dict]]:
+    """`samples` graded responses to every prepared problem: per problem its completions as records.
+
+    `sampling` are the fields of sampler.Sampling, such as temperature= and seed= (default 0)."""
+    sampling = {"seed": 0, "stop_ids": tokenizer.stop_ids, **sampling}
+    prompts = [p.prompt for p in problems]
+    groups = sample(model, prompts, samples, max_new_tokens, **sampling)
+    completions = []
+    for problem, group in zip(problems, groups):
+        group = grade_group(group, problem, tokenizer, reward)
+        records = []
+        for row, n in enumerate(group.lengths.tolist()):
+            text = tokenizer.decode(group.responses[row, :n])
+            answer = extract_answer(text)
+            correct = group.correct[row].item()
+            says_it_last = answer is None and last_number(text) == canonical(problem.answer)
+            records.append({
+                "response": text,
+                "answer": answer,
+                "correct": correct,
+                "reward": group.rewards[row].item(),
+                "finished": group.finished[row].item(),
+                "tokens": n,
+                "correct_by_last_number": correct or says_it_last,
+            })
+        completions.append(records)
+    return completions
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """Probability that k of n samples, drawn without replacement, hold one of the c correct ones (arXiv 2107.03374, eq. 1)."""
+    """Probability that k of n samples, drawn without replacement, hold one of the c correct ones
+    (arXiv 2107.03374, eq. 1)."""
     return 1 - math.comb(n - c, k) / math.comb(n, k)
-
-
-def complete(model: Transformer, problems: list[Problem], tokenizer: Tokenizer, samples: int, max_new_tokens: int, *, temperature: float,
-             top_p: float = 1.0, top_k: int = 0, seed=0, prompt_ids=None, max_rows: int | None = None, reward=grade, correct_at: float = 1.0,
-             progress: str = "") -> list[list[dict]]:
-    """`samples` responses to every (prepared) problem, graded: per problem its completions as records."""
-    with tqdm(total=len(problems) * samples, desc=progress or None, disable=None if progress else True, unit="row", leave=False, dynamic_ncols=True) as bar:
-        done = [0]
-
-        def advance(tokens):
-            done[0] += tokens
-            bar.update()
-            bar.set_postfix_str(f"{done[0] / max(bar.format_dict['elapsed'], 1e-9):.0f} tokens/s", refresh=False)
-        groups = sample(model, [p.prompt for p in problems], samples, max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k,
-                        stop_ids=tokenizer.stop_ids, seed=seed, prompt_ids=prompt_ids, max_rows=max_rows, progress=advance)
-    completions = []
-    for problem, group in zip(problems, groups):
-        group, records = grade_group(group, problem, tokenizer, reward, correct_at), []
-        for ids, n, finished, r, ok in zip(group.responses, group.lengths.tolist(), group.finished.tolist(), group.rewards.tolist(), group.correct.tolist()):
-            text = tokenizer.decode(ids[:n])
-            answer = extract_answer(text)
-            records.append({"response": text, "answer": answer, "correct": ok, "reward": r, "finished": finished, "tokens": n,
-                            "correct_by_last_number": ok or (answer is None and last_number(text) == canonical(problem.answer))})
-        completions.append(records)
-    return completions
 
 
 def summarize(completions: list[list[dict]]) -> dict[str, float]:
     """Metrics of what `complete` returned.
 
-    mean: share of correct responses, averaged over problems, and its standard error over problems (`mean_se`).
-    pass@k: unbiased, for k = 1, 2, 4, … up to the number of samples. maj: share of problems whose commonest answer is right
-    (the earliest among equals; a response that names no answer has no vote). truncated: share of responses without an end.
-    no_answer: share that name no answer; last_number: share correct if the last number counted where none is named."""
+    mean: share of correct responses, averaged over problems, and its standard error over problems
+    (mean_se). pass@k: unbiased, for k = 1, 2, 4, … up to the number of samples. maj: share of
+    problems whose commonest answer is right (the earliest among equals; a response that names no
+    answer has no vote). truncated: share of responses without an end. no_answer: share that name no
+    answer. last_number: share correct if the last number counted where none is named."""
     samples = len(completions[0])
-    ks = sorted({min(2**i, samples) for i in range(samples.bit_length() + 1)})
-    right, majority = [sum(r["correct"] for r in records) for records in completions], []
-    for records in completions:
-        votes = Counter(r["answer"] for r in records if r["answer"] is not None).most_common(1)
-        majority.append(bool(votes) and next(r["correct"] for r in records if r["answer"] == votes[0][0]))
-    rows = [r for records in completions for r in records]
-    share = lambda values: sum(values) / len(values)
+    right = [sum(r["correct"] for r in records) for records in completions]
     shares = [n / samples for n in right]
-    spread = float(np.std(shares, ddof=1)) if len(shares) > 1 else float("nan")
-    return {"mean": share(shares), "mean_se": spread / math.sqrt(len(shares)), **{f"pass@{k}": share([pass_at_k(samples, n, k) for n in right]) for k in ks},
-            "maj": share(majority), "truncated": share([not r["finished"] for r in rows]), "no_answer": share([r["answer"] is None for r in rows]),
-            "last_number": share([r["correct_by_last_number"] for r in rows]), "tokens": share([r["tokens"] for r in rows])}
+    rows = [r for records in completions for r in records]
+    mean = lambda values: sum(values) / len(values)
+    spread = float(np.std(shares, ddof=1)) if len(shares) > 1 else math.nan
+    metrics = {"mean": mean(shares), "mean_se": spread / math.sqrt(len(shares))}
+    for k in sorted({min(2**i, samples) for i in range(samples.bit_length() + 1)}):
+        metrics[f"pass@{k}"] = mean([pass_at_k(samples, n, k) for n in right])
+    metrics["maj"] = mean([majority_is_right(records) for records in completions])
+    metrics["truncated"] = mean([not r["finished"] for r in rows])
+    metrics["no_answer"] = mean([r["answer"] is None for r in rows])
+    metrics["last_number"] = mean([r["correct_by_last_number"] for r in rows])
+    metrics["tokens"] = mean([r["tokens"] for r in rows])
+    return metrics
+
+
+def majority_is_right(records: list[dict]) -> bool:
+    votes = Counter(r["answer"] for r in records if r["answer"] is not None).most_common(1)
+    if not votes:
+        return False
+    winner = votes[0][0]
+    return next(r["correct"] for r in records if r["answer"] == winner)
 
 
 def evaluate(*args, **settings) -> tuple[dict[str, float], list[list[dict]]]:
@@ -79,14 +116,85 @@ def evaluate(*args, **settings) -> tuple[dict[str, float], list[list[dict]]]:
     return summarize(completions), completions
 
 
-def main():
-    parser = argparse.ArgumentParser(description="Sample and grade: evaluation of a model, and gold made by it.")
+@contextlib.contextmanager
+def progress_of_rows(total: int, label: str, show: bool = True):
+    """A bar of rows and tokens per second; yields the `progress` that sampling calls."""
+    tokens_so_far = 0
+    bar = tqdm(total=total, desc=label, unit="row", leave=False, dynamic_ncols=True,
+               disable=None if show else True)
+
+    def advance(tokens):
+        nonlocal tokens_so_far
+        tokens_so_far += tokens
+        seconds = max(bar.format_dict["elapsed"], 1e-9)
+        bar.update()
+        bar.set_postfix_str(f"{tokens_so_far / seconds:.0f} tokens/s", refresh=False)
+
+    with bar:
+        yield advance
+
+
+# --------------------------------------------------------------------------------------------------
+# Held-out problems of a training run
+
+def evaluate_held_out(run, step: int) -> dict:
+    """Metrics on the held-out problems of a train.Run (docs/metrics.md); empty without any. With
+    several processes each takes its part."""
+    config = run.config
+    if not run.held_out:
+        return {}
+    began = time.perf_counter()
+    first = parallel.rank() == 0
+    mine = parallel.my_part(list(enumerate(run.held_out)))
+    problems = [p for _, p in mine]
+    total = len(problems) * config.eval_samples
+    with progress_of_rows(total, "evaluating", show=first) as progress:
+        completions = complete(
+            run.policy, problems, run.tokenizer, config.eval_samples, config.max_new_tokens,
+            run.reward, temperature=float(config.eval_samples > 1), seed=config.seed,
+            prompt_ids=[i for i, _ in mine], max_rows=config.rows or None, progress=progress)
+    metrics = summarize(parallel.interleave(parallel.all_gather(completions)))
+    golds = [(i, p) for i, p in mine if p.gold_ids is not None]
+    logprobs = gold_logprobs(run.policy, [p for _, p in golds], config.rows_per_pass)
+    pairs = parallel.all_gather([(i, x) for (i, _), x in zip(golds, logprobs)])
+    in_order = [x for _, x in sorted(pair for part in pairs for pair in part)]
+    metrics["gold_logprob"] = sum(in_order) / len(in_order) if in_order else math.nan
+    if first:
+        tqdm.write(f"step {step}: held-out accuracy {metrics['mean']:.1%}")
+    metrics = {f"eval/{name}": value for name, value in metrics.items()}
+    return metrics | {"time/eval": time.perf_counter() - began}
+
+
+@torch.no_grad()
+def gold_logprobs(model: Transformer, problems: list[Problem], rows_per_pass: int) -> list[float]:
+    """Each gold's mean log-probability per token, at temperature 1."""
+    means = []
+    for first in range(0, len(problems), rows_per_pass):
+        part = problems[first:first + rows_per_pass]
+        golds = [p.gold_ids for p in part]
+        lengths = torch.tensor([len(g) for g in golds], device=model.device)
+        responses = torch.nn.utils.rnn.pad_sequence(golds, batch_first=True).to(model.device)
+        prompt_of = torch.arange(len(part), device=model.device)
+        prompts = [p.prompt for p in part]
+        logprobs, _ = score_responses(model, prompts, prompt_of, responses, lengths)    # (n, T)
+        means += [float(x[:len(gold)].mean()) for x, gold in zip(logprobs.cpu(), golds)]
+    return means
+
+
+# --------------------------------------------------------------------------------------------------
+# The command
+
+def flags() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Sample and grade: evaluation of a model, and gold made by it.")
     flag = parser.add_argument
     flag("--model", required=True, help="Hugging Face model folder")
     flag("--data", required=True, help="problems: .jsonl, .jsonl.gz or .json")
     flag("--samples", type=int, default=1, help="responses per problem")
-    flag("--temperature", type=float, default=None, help="0: greedy (default: 0 with one sample, else 1)")
-    flag("--top-p", type=float, default=1.0, help="sample from the likeliest tokens that make up this mass")
+    flag("--temperature", type=float, default=None,
+         help="0: greedy (default: 0 with one sample, else 1)")
+    flag("--top-p", type=float, default=1.0,
+         help="sample from the likeliest tokens that make up this mass")
     flag("--top-k", type=int, default=0, help="sample from this many likeliest tokens; 0: all")
     flag("--max-new-tokens", type=int, default=512, help="longest response")
     flag("--limit", type=int, default=0, help="only the first so many problems; 0: all")
@@ -94,69 +202,120 @@ def main():
     flag("--rows", type=int, default=None, help="rows in flight (default: what fits, at most 256)")
     flag("--seed", type=int, default=0, help="of the sampling")
     flag("--device", default="auto", help="auto, cpu, cuda, cuda:1 …")
-    flag("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="auto: bfloat16 where the device is fast at it")
-    flag("--answer-format", default="hash", choices=("hash", "boxed"), help="what the instruction asks for: #### or \\boxed{}")
-    flag("--instruction", default=None, help="text after each question, in place of the format's own")
-    flag("--reward", default=None, help="FILE.py:function, (response, answer) -> float, in place of the grader")
-    flag("--correct-at", type=float, default=1.0, help="reward from which on a response counts as correct")
+    flag("--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
+         help="auto: bfloat16 where the device is fast at it")
+    flag("--answer-format", default="hash", choices=("hash", "boxed"),
+         help="what the instruction asks for: #### or \\boxed{}")
+    flag("--instruction", default=None,
+         help="text after each question, in place of the format's own")
+    flag("--reward", default=None,
+         help="FILE.py:function, (response, answer) -> float, in place of the grader")
+    flag("--correct-at", type=float, default=1.0,
+         help="reward from which on a response counts as correct")
     flag("--out", default=None, help="write every completion here, a JSON line each")
-    flag("--keep-correct", default=None, help="write the problems that were solved here, each with a correct response as its gold")
-    args = parser.parse_args()
-    keep_freed_memory()
-    for name, least in (("samples", 1), ("max_new_tokens", 1), ("limit", 0), ("skip", 0), ("top_k", 0), ("temperature", 0), ("rows", 1), ("seed", 0), ("correct_at", -math.inf)):
+    flag("--keep-correct", default=None,
+         help="write the problems that were solved here, each with a correct response as its gold")
+    return parser
+
+
+def check(args) -> None:
+    """Raises InputError for numbers out of range, and for files that could not be written."""
+    least = dict(samples=1, max_new_tokens=1, limit=0, skip=0, top_k=0, temperature=0, rows=1,
+                 seed=0, correct_at=-math.inf)
+    for name, low in least.items():
         value = getattr(args, name)
-        if value is not None and not least <= value < math.inf:
-            raise InputError(f"--{name.replace('_', '-')} {value}: must be {'a number' if least < 0 else f'{least} or more'}, and finite")
+        if value is not None and not low <= value < math.inf:
+            what = "a number" if low < 0 else f"{low} or more"
+            raise InputError(f"--{name.replace('_', '-')} {value}: must be {what}, and finite")
     if not 0 < args.top_p <= 1:
         raise InputError(f"--top-p {args.top_p}: must be above 0 and at most 1")
     taken = [os.path.realpath(args.data)]
-    for path in [path for path in (args.out, args.keep_correct) if path]:
+    for path in (args.out, args.keep_correct):
+        if not path:
+            continue
         if os.path.isdir(path) or not os.access(os.path.dirname(path) or ".", os.W_OK):
-            raise InputError(f"{path}: cannot be written; it must be a file, in a folder that exists and can be written to")
+            raise InputError(f"{path}: cannot be written; it must be a file, in a folder that "
+                             "exists and can be written to")
         if os.path.realpath(path) in taken:
-            raise InputError(f"{path}: named twice; --data, --out and --keep-correct must be different files")
+            raise InputError(f"{path}: named twice; --data, --out and --keep-correct must be "
+                             "different files")
         if os.path.exists(path):
-            raise InputError(f"{path}: there is something already, perhaps hours of sampling; name another file, or remove it")
+            raise InputError(f"{path}: there is something already, perhaps hours of sampling; name "
+                             "another file, or remove it")
         taken.append(os.path.realpath(path))
-    temperature = args.temperature if args.temperature is not None else float(args.samples > 1)
+
+
+def main():
+    args = flags().parse_args()
+    keep_freed_memory()
+    check(args)
     device = pick_device(args.device)
-    reward = load_reward(args.reward)
-    problems = read_problems(args.data, args.answer_format)[args.skip:][:args.limit or None]
+    reward = load_reward(args.reward, args.correct_at)
+    problems = read_problems(args.data, args.answer_format)
+    problems = problems[args.skip:][:args.limit or None]
     if not problems:
         raise InputError(f"{args.data}: no problems left after --skip {args.skip}")
+    for problem in problems:
+        problem.gold = None    # evaluation needs no gold, so `prepare` need not check it
     tokenizer = load_tokenizer(args.model, args.answer_format, args.instruction)
     model = load_model(args.model, device, pick_dtype(args.dtype, device))
-    for problem in problems:
-        problem.gold = None  # not wanted here, so not checked
-    prepare(problems, tokenizer, args.max_new_tokens, model.config.max_position_embeddings, reward=reward, correct_at=args.correct_at, vocab_size=model.config.vocab_size)
-    metrics, completions = evaluate(model, problems, tokenizer, args.samples, args.max_new_tokens, temperature=temperature, top_p=args.top_p,
-                                    top_k=args.top_k, seed=args.seed, max_rows=args.rows, reward=reward, correct_at=args.correct_at, progress="sampling")
-    wrote = []  # files first: whoever reads our output may have gone
-    if args.out:
-        rows = ({"question": p.question, "reference": p.answer, **r} for p, records in zip(problems, completions) for r in records)
-        wrote.append(f"wrote {write_jsonl(args.out, rows)} completions to {args.out}")
-    if args.keep_correct:
-        solved = ({"question": p.question, "answer": p.answer, "gold": min(good, key=len)} for p, records in zip(problems, completions)
-                  if (good := [r["response"] for r in records if r["correct"] and r["finished"]]))
-        wrote.append(f"wrote {write_jsonl(args.keep_correct, solved)} solved problems with their gold to {args.keep_correct}")
-    k = args.samples
-    print(f"{len(problems)} problems x {k} samples, temperature {temperature:g}")
-    print(f"mean@{k}      {metrics['mean']:.4f}" + (f" ± {metrics['mean_se']:.4f} (standard error over problems)" if len(problems) > 1 else ""))
-    for name in [n for n in metrics if n.startswith("pass@")]:
-        print(f"{name:<12}{metrics[name]:.4f}")
-    print(f"maj@{k:<8}{metrics['maj']:.4f}")
-    print(f"truncated   {metrics['truncated']:.4f}  no answer {metrics['no_answer']:.4f}  tokens {metrics['tokens']:.1f}")
-    print(f"with the last number counted where no answer is named: {metrics['last_number']:.4f}")
+    shape = model.config
+    prepare(problems, tokenizer, args.max_new_tokens, shape.max_position_embeddings,
+            shape.vocab_size, reward)
+
+    temperature = args.temperature
+    if temperature is None:
+        temperature = float(args.samples > 1)
+    with progress_of_rows(len(problems) * args.samples, "sampling") as progress:
+        metrics, completions = evaluate(
+            model, problems, tokenizer, args.samples, args.max_new_tokens, reward,
+            temperature=temperature, top_p=args.top_p, top_k=args.top_k, seed=args.seed,
+            max_rows=args.rows, progress=progress)
+    wrote = write_files(args, problems, completions)    # first: a closed pipe must not lose them
+    print(f"{len(problems)} problems x {args.samples} samples, temperature {temperature:g}")
+    print_metrics(metrics, args.samples, len(problems))
     print(*wrote, sep="\n", end="\n" if wrote else "")
 
 
-def write_jsonl(path: str, records) -> int:
-    """Returns the number of records."""
-    count = 0
+def write_files(args, problems: list[Problem], completions: list[list[dict]]) -> list[str]:
+    """--out and --keep-correct. Returns a line about each."""
+    wrote = []
+    if args.out:
+        rows = [{"question": p.question, "reference": p.answer, **r}
+                for p, records in zip(problems, completions) for r in records]
+        write_jsonl(args.out, rows)
+        wrote.append(f"wrote {len(rows)} completions to {args.out}")
+    if args.keep_correct:
+        solved = []
+        for p, records in zip(problems, completions):
+            good = [r["response"] for r in records if r["correct"] and r["finished"]]
+            if good:
+                gold = min(good, key=len)
+                solved.append({"question": p.question, "answer": p.answer, "gold": gold})
+        write_jsonl(args.keep_correct, solved)
+        wrote.append(
+            f"wrote {len(solved)} solved problems with their gold to {args.keep_correct}")
+    return wrote
+
+
+def write_jsonl(path: str, records: list[dict]) -> None:
     with written_whole(path) as f:
-        for count, record in enumerate(records, 1):
+        for record in records:
             f.write(json.dumps(record, ensure_ascii=False) + "\n")
-    return count
+
+
+def print_metrics(metrics: dict[str, float], samples: int, problems: int) -> None:
+    error = ""
+    if problems > 1:
+        error = f" ± {metrics['mean_se']:.4f} (standard error over problems)"
+    print(f"mean@{samples}      {metrics['mean']:.4f}{error}")
+    for name, value in metrics.items():
+        if name.startswith("pass@"):
+            print(f"{name:<12}{value:.4f}")
+    print(f"maj@{samples:<8}{metrics['maj']:.4f}")
+    print(f"truncated   {metrics['truncated']:.4f}  no answer {metrics['no_answer']:.4f}  "
+          f"tokens {metrics['tokens']:.1f}")
+    print(f"with the last number counted where no answer is named: {metrics['last_number']:.4f}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,19 @@
-"""Log-probabilities of a group: the prompt runs once, the padding never, and logits never stand whole in memory.
+"""What a model says of a group: the log-probability of every response token.
 
-Letters: as in model.py.
+Three rules make it fast, and exact:
+
+    a prompt runs once for all responses of its group, which read its keys and values;
+    padding never runs: rows of different lengths are laid end to end, and only attention puts
+    each token back in its row (support/ragged.py);
+    logits never exist as a whole: the last layer goes chunk by chunk, in forward and in backward.
+
+    token_logprobs      one prompt, its responses: for tests and for your own code
+    score_responses     any rows of any prompts, in one forward pass
+    encode_prompts      the prompts alone, for groups too large for one pass (see Prefix)
+
+Letters: N rows (responses), T response length, M tokens laid end to end, B prompts, P prompt
+length, D width, H query heads, K key/value heads, S = H / K query heads that share a key head, d
+head size, V vocabulary.
 """
 from __future__ import annotations
 
@@ -11,79 +24,27 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model import Transformer
-from support.cpu import SCORES_AT_ONCE, CachedAttention
+from support.ragged import Ragged, RaggedAttention
 
 
-def packing(lengths: Tensor, width: int):
-    """N ragged rows laid end to end, n tokens in all, so that no padding goes through the network.
-
-    lengths (N,), width at least their maximum. Returns rows (n,) and cols (n,), where each token stands in the padded
-    grid, and two functions: spread (1, heads, n, d) -> (N, heads, width, d), zeros in the padding, and pack, back."""
-    rows, cols = (torch.arange(width, device=lengths.device) < lengths[:, None]).nonzero(as_tuple=True)
-    place, N = rows * width + cols, len(lengths)
-
-    def spread(x):
-        grid = x.new_zeros(N * width, x.shape[1], x.shape[3]).index_copy(0, place, x[0].transpose(0, 1))
-        return grid.view(N, width, *grid.shape[1:]).transpose(1, 2)
-
-    def pack(x):
-        return x.transpose(1, 2).flatten(0, 1).index_select(0, place).transpose(0, 1)[None]
-    return rows, cols, spread, pack
-
-
-def ragged_attention(lengths: Tensor, query_heads: int, prompt_lengths: Tensor | None = None, owner: Tensor | None = None):
-    """Causal attention of N rows laid end to end (n tokens in all), each after a prompt of its own if there are prompts.
-
-    lengths (N,) at least 1; prompt_lengths (B,) and owner (N,), the prompt of each row. Returns attend(q, k, v, keys, values)
-    with q (1, H, n, d), k and v (1, K, n, d), keys and values (B, K, P, d) -> (1, H, n, d). On a CPU a few rows of about
-    the same length at a time, so that neither padding nor memory costs much; on a GPU all at once."""
-    device, sizes, parts = lengths.device, lengths.tolist(), []
-    P = 0 if prompt_lengths is None else int(prompt_lengths.max())
-    cost = lambda rows: len(rows) * query_heads * max(rows) * (P + max(rows))
-    first = 0
-    while first < len(sizes):
-        last = first + 1
-        while last < len(sizes) and (device.type != "cpu" or cost(sizes[first:last + 1]) <= SCORES_AT_ONCE):
-            last += 1
-        part, t = slice(first, last), max(sizes[first:last])
-        spread, pack = packing(lengths[part], t)[2:]
-        hide = torch.ones(t, t, dtype=torch.bool, device=device).triu(1)[None]                      # (1, t, t)
-        if P:
-            absent = torch.arange(P, device=device) >= prompt_lengths[owner[part], None]            # (m, P)
-            hide = torch.cat([absent[:, None].expand(-1, t, -1), hide.expand(len(absent), -1, -1)], dim=2)
-        parts.append((part, sum(sizes[part]), spread, pack, torch.zeros(hide.shape, device=device).masked_fill(hide, float("-inf"))[:, None]))
-        first = last
-
-    masks = {}                                              # (m or 1, 1, S·t, P + t) of each part
-
-    def attend(q, k, v, keys=None, values=None):
-        K, d, outs = k.shape[1], k.shape[3], []
-        for (part, _, spread, pack, bias), q_part, k_part, v_part in zip(parts, *(x.split([tokens for _, tokens, *_ in parts], dim=2) for x in (q, k, v))):
-            padded, k_part, v_part = spread(q_part), spread(k_part), spread(v_part)                 # (m, H or K, t, d)
-            m, H, t = padded.shape[:3]
-            if P:
-                k_part = torch.cat([keys.index_select(0, owner[part]), k_part], dim=2)              # (m, K, P + t, d)
-                v_part = torch.cat([values.index_select(0, owner[part]), v_part], dim=2)
-            # The S query heads that share a key head stand below each other, so that keys are not copied for them.
-            folded = padded.reshape(m, K, H // K * t, d)
-            if part.start not in masks:                     # one for all layers; on a GPU its rows lie as SDPA's kernel wants them
-                masks[part.start] = F.pad(bias, (0, -(P + t) % 8)).to(q.dtype if q.is_cuda else bias.dtype).repeat(1, 1, H // K, 1)[..., :P + t]
-            if q.is_cuda:
-                out = F.scaled_dot_product_attention(folded, k_part, v_part, attn_mask=masks[part.start].expand(m, -1, -1, -1))
-            else:
-                out = CachedAttention.apply(folded, k_part, v_part, masks[part.start])
-            outs.append(pack(out.reshape(padded.shape)))
-        return torch.cat(outs, dim=2)
-    return attend
-
+# --------------------------------------------------------------------------------------------------
+# Prompts
 
 @dataclass
 class Prefix:
-    """What B prompts leave behind for their responses."""
+    """What B prompts leave behind for their responses.
+
+    A group too large for one pass runs its prompt once, then its rows a few at a time:
+
+        prompt ──► keys, values, last  ┊cut┊  leaves ──► rows 0 … 3 ──► loss ──► backward ┐
+                                       ┊   ┊         ──► rows 4 … 7 ──► loss ──► backward ┤
+        prompt ◄── backward            ◄───── gradients collected in the leaves ◄─────────┘
+
+    The gradient is that of a single pass; the memory is that of a few rows."""
     lengths: Tensor         # (B,)
     keys: list[Tensor]      # (B, K, P, d) of each layer, right-padded
-    values: list[Tensor]    # likewise
-    last: Tensor            # (B, D), the hidden state of the last position, which predicts a response's first token
+    values: list[Tensor]    # (B, K, P, d) of each layer
+    last: Tensor            # (B, D) state of each prompt's last token, which predicts a first token
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -93,75 +54,154 @@ class Prefix:
     def cut(self) -> Prefix:
         """The same values as leaves of a new graph, to collect gradients in."""
         leaf = lambda x: x.detach().requires_grad_()
-        return Prefix(self.lengths, [leaf(x) for x in self.keys], [leaf(x) for x in self.values], leaf(self.last))
+        keys = [leaf(x) for x in self.keys]
+        values = [leaf(x) for x in self.values]
+        return Prefix(self.lengths, keys, values, leaf(self.last))
+
+    def backward(self, leaves: Prefix) -> None:
+        """The second stage: through the prompts, from what `leaves` have collected."""
+        gradients = [torch.zeros_like(x) if x.grad is None else x.grad for x in leaves.tensors]
+        torch.autograd.backward(self.tensors, gradients)
+
+
+def lengths_of(prompts: list[Tensor], device: torch.device) -> Tensor:
+    return torch.tensor([len(p) for p in prompts], device=device)    # (B,)
 
 
 def encode_prompts(model: Transformer, prompts: list[Tensor]) -> Prefix:
-    """Run each prompt (P,) once."""
-    device, keys, values = model.norm.weight.device, {}, {}
-    lengths = torch.tensor([len(p) for p in prompts], device=device)
-    _, cols, spread, _ = packing(lengths, max(len(p) for p in prompts))
-    attend = ragged_attention(lengths, model.config.num_attention_heads)
+    """Run each prompt (P,) once, all of them in one forward pass."""
+    lengths = lengths_of(prompts, model.device)
+    ragged = Ragged(lengths, max(len(p) for p in prompts))
+    attention = RaggedAttention(lengths, model.config.num_attention_heads)
+    keys = {}      # by layer, as gradient checkpointing will run `attend` again
+    values = {}
 
-    def keep(layer, q, k, v):
-        keys[layer], values[layer] = spread(k), spread(v)
-        return attend(q, k, v)
-    hidden = model(torch.cat(prompts).to(device)[None], attend=keep, positions=cols[None])[0]     # (n, D)
-    # In lists of their own, since gradient checkpointing will run `keep` again.
-    return Prefix(lengths, list(keys.values()), list(values.values()), hidden[lengths.cumsum(0) - 1])
+    def attend(layer, q, k, v):
+        keys[layer] = ragged.pad(k)
+        values[layer] = ragged.pad(v)
+        return attention(q, k, v)
+
+    tokens = torch.cat(prompts).to(model.device)                                      # (M,)
+    hidden = model(tokens[None], attend=attend, positions=ragged.columns[None])[0]    # (M, D)
+    last = hidden[lengths.cumsum(0) - 1]                                              # (B, D)
+    return Prefix(lengths, list(keys.values()), list(values.values()), last)
 
 
-def score_responses(model: Transformer, prompts: list[Tensor] | Prefix, owner: Tensor, responses: Tensor, lengths: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+# --------------------------------------------------------------------------------------------------
+# Responses
+
+def score_responses(
+    model: Transformer,
+    prompts: list[Tensor] | Prefix,
+    prompt_of: Tensor,
+    responses: Tensor,
+    lengths: Tensor,
+    temperature: float = 1.0,
+) -> tuple[Tensor, Tensor]:
     """Log-probability and entropy of every response token after its prompt.
 
-    responses (N, T) right-padded, lengths (N,) at least 1, owner (N,) the prompt (0 … B − 1) that a row answers. `prompts`
-    are token ids (P,), to go through the network together with the responses, or what `encode_prompts` made of them earlier.
-    Returns logprobs (N, T) fp32, with gradient to the weights and to a Prefix, and entropy (N, T) fp32 in nats, without;
-    both 0 in the padding. The real tokens go through the network as one row; only attention puts them in their places."""
-    (N, T), device, H = responses.shape, responses.device, model.config.num_attention_heads
-    # The token at (i, t) is predicted from the state at (i, t − 1), the first one from the prompt's last state.
-    rows, cols = (torch.arange(T - 1, device=device) < lengths[:, None] - 1).nonzero(as_tuple=True)  # (n,) each: tokens with a successor
-    longer, known = lengths > 1, isinstance(prompts, Prefix)
-    prompt_lengths = prompts.lengths if known else torch.tensor([len(p) for p in prompts], device=device)
-    respond = ragged_attention(lengths[longer] - 1, H, prompt_lengths, owner[longer])
-    tokens, positions = responses[rows, cols], prompt_lengths[owner[rows]] + cols
-    if known:
-        last, after = prompts.last, lambda layer, q, k, v: respond(q, k, v, prompts.keys[layer], prompts.values[layer])
-        hidden = model(tokens[None], attend=after, positions=positions[None])[0] if len(rows) else last[:0]
+    responses (N, T) right-padded; lengths (N,) of 1 or more; prompt_of (N,), the prompt 0 … B − 1
+    that each row answers. `prompts` are token ids (P,), which then go through the network in the
+    same pass as the responses, or what `encode_prompts` made of them.
+
+    Returns logprobs (N, T) fp32, with gradient to the weights and to a Prefix, and entropy (N, T)
+    fp32 in nats, without gradient. Both are 0 in the padding.
+
+    Which state predicts which token, for a prompt p q and the response a b c:
+
+        input     p   q   a   b   (c)      c predicts nothing here, so it does not run
+        predicts      a   b   c            `last`, the prompt's, predicts the first token
+    """
+    N, T = responses.shape
+    apart = isinstance(prompts, Prefix)
+    prompt_lengths = prompts.lengths if apart else lengths_of(prompts, responses.device)
+    inputs = Ragged(lengths - 1, T - 1)    # all tokens but each row's last: M of them
+    tokens = responses[inputs.rows, inputs.columns]                             # (M,)
+    positions = prompt_lengths[prompt_of[inputs.rows]] + inputs.columns         # (M,)
+    longer = lengths > 1                   # a row of one token has no input of its own
+    attention = RaggedAttention(
+        lengths[longer] - 1, model.config.num_attention_heads, prompt_lengths, prompt_of[longer])
+
+    if apart:
+        last = prompts.last
+        hidden = run_after(model, prompts, attention, tokens, positions)
     else:
-        _, prompt_cols, spread, _ = packing(prompt_lengths, int(prompt_lengths.max()))
-        read, sizes = ragged_attention(prompt_lengths, H), [len(prompt_cols), len(rows)]
+        last, hidden = run_with_prompts(model, prompts, attention, tokens, positions)
 
-        def both(layer, q, k, v):
-            (q0, q1), (k0, k1), (v0, v1) = (x.split(sizes, dim=2) for x in (q, k, v))
-            return torch.cat([read(q0, k0, v0)] + ([respond(q1, k1, v1, spread(k0), spread(v0))] if sizes[1] else []), dim=2)
-        tokens, positions = torch.cat([*(p.to(device) for p in prompts), tokens]), torch.cat([prompt_cols, positions])
-        read_out, hidden = model(tokens[None], attend=both, positions=positions[None])[0].split(sizes)
-        last = read_out.index_select(0, prompt_lengths.cumsum(0) - 1)                                # (B, D)
-
-    hidden = torch.cat([last.index_select(0, owner), hidden])                                        # (N + n, D)
-    rows, cols = torch.cat([torch.arange(N, device=device), rows]), torch.cat([torch.zeros_like(owner), cols + 1])
-    flat, flat_entropy = linear_logprobs(hidden, model.output_weight, responses[rows, cols], temperature)
-    grid = flat.new_zeros(N, T)
-    return grid.index_put((rows, cols), flat), grid.index_put((rows, cols), flat_entropy)
+    states = torch.cat([last.index_select(0, prompt_of), hidden])               # (N + M, D)
+    rows = torch.cat([torch.arange(N, device=responses.device), inputs.rows])   # of what they
+    columns = torch.cat([torch.zeros_like(prompt_of), inputs.columns + 1])      # predict
+    logprobs, entropy = linear_logprobs(
+        states, model.output_weight, responses[rows, columns], temperature)     # (N + M,)
+    grid = logprobs.new_zeros(N, T)
+    return grid.index_put((rows, columns), logprobs), grid.index_put((rows, columns), entropy)
 
 
-def token_logprobs(model: Transformer, prompt: Tensor, responses: Tensor, temperature: float = 1.0, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """log π(token | what stands before it) for G responses to one prompt, the logits divided by `temperature`: the form for
-    one group, for tests and for your own code.
+def run_after(model, prefix: Prefix, attention, tokens: Tensor, positions: Tensor) -> Tensor:
+    """Response tokens (M,) after prompts that have run already -> hidden (M, D)."""
+    if len(tokens) == 0:
+        return prefix.last[:0]
 
-    prompt (P,), responses (G, T), lengths (G,) or None for T each. Returns logprobs (G, T) fp32 and entropy (G, T)."""
+    def attend(layer, q, k, v):
+        return attention(q, k, v, prefix.keys[layer], prefix.values[layer])
+
+    return model(tokens[None], attend=attend, positions=positions[None])[0]
+
+
+def run_with_prompts(
+    model, prompts: list[Tensor], attention, tokens: Tensor, positions: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Prompts and response tokens (M,) in one pass -> prompts' last states (B, D), hidden (M, D)."""
+    lengths = lengths_of(prompts, tokens.device)
+    ragged = Ragged(lengths, int(lengths.max()))
+    read_prompts = RaggedAttention(lengths, model.config.num_attention_heads)
+    sizes = [len(ragged.index), len(tokens)]
+
+    def attend(layer, q, k, v):
+        prompt_q, q = q.split(sizes, dim=2)
+        prompt_k, k = k.split(sizes, dim=2)
+        prompt_v, v = v.split(sizes, dim=2)
+        out = [read_prompts(prompt_q, prompt_k, prompt_v)]
+        if len(tokens):
+            out.append(attention(q, k, v, ragged.pad(prompt_k), ragged.pad(prompt_v)))
+        return torch.cat(out, dim=2)
+
+    tokens = torch.cat([*(p.to(tokens.device) for p in prompts), tokens])
+    positions = torch.cat([ragged.columns, positions])
+    hidden = model(tokens[None], attend=attend, positions=positions[None])[0]
+    prompt_hidden, hidden = hidden.split(sizes)
+    return prompt_hidden.index_select(0, lengths.cumsum(0) - 1), hidden
+
+
+def token_logprobs(
+    model: Transformer,
+    prompt: Tensor,
+    responses: Tensor,
+    temperature: float = 1.0,
+    lengths: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """log π(token | what stands before it) of G responses to one prompt, and the entropy there.
+
+    prompt (P,), responses (G, T), lengths (G,) or None for T each; the logits are divided by
+    `temperature`. Returns logprobs (G, T) fp32, with gradient, and entropy (G, T) fp32, without."""
     if lengths is None:
         lengths = torch.full((len(responses),), responses.shape[1], device=responses.device)
-    return score_responses(model, [prompt], torch.zeros_like(lengths), responses, lengths, temperature)
+    prompt_of = torch.zeros_like(lengths)
+    return score_responses(model, [prompt], prompt_of, responses, lengths, temperature)
 
-LOGITS_AT_ONCE = 2**24  # 64 MiB in fp32: enough for efficient products, little enough not to be noticed
+
+# --------------------------------------------------------------------------------------------------
+# The last layer
+
+LOGITS_AT_ONCE = 2**24  # 64 MiB in fp32: large enough for fast products, little beside activations
 
 
 class LinearLogprobs(torch.autograd.Function):
-    """log softmax(hidden Wᵀ / temperature) at the targets, chunk by chunk; backward computes the logits again.
+    """log softmax(hidden Wᵀ / temperature) at the targets, chunk by chunk.
 
-    With g = dL/dlogprob of one token and p its softmax, dL/dlogits = −g (p − onehot(target)) / temperature.
+    Backward computes the logits again. With g = dL/dlogprob of one token and p its softmax,
+
+        dL/dlogits = −g (p − onehot(target)) / temperature
     """
     @staticmethod
     def chunks(hidden, weight):
@@ -170,19 +210,23 @@ class LinearLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature):
-        logprobs, entropy, logsumexp = [], [], []
-        for part in LinearLogprobs.chunks(hidden, weight):
-            logits = F.linear(hidden[part], weight)                                     # (chunk, V)
-            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))        # never in bf16
-            logits = logits if temperature == 1 else logits.div_(temperature)
+        logprobs, entropies, logsumexps = [], [], []
+        for chunk in LinearLogprobs.chunks(hidden, weight):
+            logits = F.linear(hidden[chunk], weight)                              # (chunk, V)
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # never in bf16
+            if temperature != 1:
+                logits.div_(temperature)
             p = logits.softmax(-1)
+            # The log-sum-exp from the likeliest token: log p = logit − lse.
             likeliest = p.argmax(-1, keepdim=True)
-            lse = logits.gather(1, likeliest) - p.gather(1, likeliest).log()            # (chunk, 1): log p = logit − lse
-            logprobs.append((logits.gather(1, targets[part, None]) - lse)[:, 0])
-            entropy.append(lse[:, 0] - (p[:, None] @ logits[:, :, None])[:, 0, 0])      # −Σ p log p
-            logsumexp.append(lse)
-        entropy = torch.cat(entropy)
-        ctx.save_for_backward(hidden, weight, targets, torch.cat(logsumexp))
+            lse = logits.gather(1, likeliest) - p.gather(1, likeliest).log()      # (chunk, 1)
+            target = logits.gather(1, targets[chunk, None])                       # (chunk, 1)
+            logprobs.append((target - lse)[:, 0])
+            mean_logit = (p[:, None] @ logits[:, :, None])[:, 0, 0]               # Σ p · logit
+            entropies.append(lse[:, 0] - mean_logit)                              # −Σ p log p
+            logsumexps.append(lse)
+        entropy = torch.cat(entropies)
+        ctx.save_for_backward(hidden, weight, targets, torch.cat(logsumexps))
         ctx.temperature = temperature
         ctx.mark_non_differentiable(entropy)
         return torch.cat(logprobs), entropy
@@ -190,21 +234,32 @@ class LinearLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, _):
         hidden, weight, targets, logsumexp = ctx.saved_tensors
-        grad_hidden, grad_weight, chunks = torch.empty_like(hidden), None, LinearLogprobs.chunks(hidden, weight)
-        for part in chunks:
-            logits = F.linear(hidden[part], weight)
-            p = torch.add(-logsumexp[part], logits, alpha=1 / ctx.temperature).exp_()
-            p.scatter_add_(1, targets[part, None], p.new_full((len(p), 1), -1.0))
-            grad_logits = logits.copy_(p.mul_(-grad[part, None] / ctx.temperature))
-            torch.mm(grad_logits, weight, out=grad_hidden[part])
-            if ctx.needs_input_grad[1]:
-                product = grad_logits.T @ hidden[part]                                  # (V, D)
-                if len(chunks) > 1:
-                    product = product.to(grad.dtype) if grad_weight is None else grad_weight.add_(product)   # summed in fp32
+        chunks = LinearLogprobs.chunks(hidden, weight)
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = None
+        for chunk in chunks:
+            logits = F.linear(hidden[chunk], weight)                              # (chunk, V)
+            p = torch.add(-logsumexp[chunk], logits, alpha=1 / ctx.temperature).exp_()
+            p.scatter_add_(1, targets[chunk, None], p.new_full((len(p), 1), -1.0))
+            grad_logits = logits.copy_(p.mul_(-grad[chunk, None] / ctx.temperature))
+            torch.mm(grad_logits, weight, out=grad_hidden[chunk])
+            if not ctx.needs_input_grad[1]:
+                continue
+            product = grad_logits.T @ hidden[chunk]                               # (V, D)
+            if grad_weight is not None:
+                grad_weight.add_(product)
+            elif len(chunks) > 1:
+                grad_weight = product.to(grad.dtype)                              # summed in fp32
+            else:
                 grad_weight = product
-        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None
+        if grad_weight is not None:
+            grad_weight = grad_weight.to(weight.dtype)
+        return grad_hidden, grad_weight, None, None
 
 
-def linear_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """hidden (n, D), weight (V, D), targets (n,) -> logprobs (n,) and entropy (n,), at least fp32; entropy has no gradient."""
+def linear_logprobs(
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """hidden (n, D), weight (V, D), targets (n,) -> logprobs (n,) and entropy (n,), at least fp32;
+    entropy has no gradient."""
     return LinearLogprobs.apply(hidden, weight, targets, temperature)

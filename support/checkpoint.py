@@ -1,12 +1,13 @@
 """Checkpoints: everything a run needs to go on to the bit, in safetensors and JSON.
 
-    OUT/checkpoints/step-000020/model/               a Hugging Face folder like any other
+    OUT/checkpoints/step-000020/model/                 a Hugging Face folder like any other
                                 optimizer.safetensors  AdamW's moments
-                                state.json             step, best evaluation, and size and SHA-256 of every file
+                                state.json             a State, and size and SHA-256 of every file
 
-There is no random state: everything random in a run follows from the seed and the step. A checkpoint is written beside,
-flushed to the disk and renamed, so a name without `.writing` at its end is a whole one, and the one before stays until
-then. What a bad disk or a stranger does to it afterwards shows in the checksums; nothing in it is ever executed.
+There is no random state: everything random in a run follows from the seed and the step. A
+checkpoint is written beside, flushed to the disk and renamed, so it is whole or not there, and the
+one before stays until then. What a bad disk or a stranger does to it afterwards shows in the
+checksums; nothing in it is ever executed.
 """
 from __future__ import annotations
 
@@ -15,14 +16,119 @@ import json
 import os
 import shutil
 import sys
+from dataclasses import asdict, dataclass, field
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from model import Transformer, on_cpu, read_weights, save_model
+from model import Transformer, read_weights, save_model
+from support import parallel
 from support.common import InputError, read_json, written_whole
-from support.parallel import copy_into
+
+
+@dataclass
+class State:
+    """Where a run stands: all that a checkpoint holds besides weights and moments."""
+    step: int = 0                   # steps done
+    bad_steps: int = 0              # the last so many had a gradient that was not finite
+    before: float | None = None     # held-out accuracy: before training,
+    after: float | None = None      # at the last evaluation,
+    best: float | None = None       # at the best one after a step,
+    best_step: int | None = None    # which was after this step
+    # The order of problems (train.next_problems)
+    epoch: int = 0                  # passes over the data before this one
+    taken: int = 0                  # problems of this epoch that have been sampled
+    solved: list = field(default_factory=list)     # --resample history: all rollouts were right
+    dropped: list = field(default_factory=list)    # … when this epoch began, so left out of it
+
+    def note_evaluation(self, accuracy: float | None) -> None:
+        """Held-out accuracy after `step` steps; None: there are no held-out problems."""
+        self.after = accuracy
+        if accuracy is not None and (self.best is None or accuracy > self.best):
+            self.best = accuracy
+            self.best_step = self.step
+
+
+KINDS = {
+    "step": (int,), "bad_steps": (int,), "epoch": (int,), "taken": (int,),
+    "before": (float, type(None)), "after": (float, type(None)), "best": (float, type(None)),
+    "best_step": (int, type(None)), "solved": (list,), "dropped": (list,)}
+FILES = {"optimizer.safetensors", "model/config.json", "model/model.safetensors"}
+
+
+# --------------------------------------------------------------------------------------------------
+# Writing
+
+def save_checkpoint(
+    out: str,
+    model: Transformer,
+    optimizer: torch.optim.Optimizer,
+    state: State,
+    tokenizer_from: str,
+    keep: int,
+) -> None:
+    """Write OUT/checkpoints/step-N, and remove all but the last `keep` and the best. All processes
+    must call this, as each may have a shard of the model; the first of them writes."""
+    first = parallel.rank() == 0
+    moments = {}
+    for name, p in model.named_parameters():
+        for key, value in optimizer.state.get(p, {}).items():
+            moments[f"{name}.{key}"] = value
+    moments = parallel.gather_to_cpu(moments, keep=first)
+    if not first:
+        return save_model(model, "", write=False)
+
+    root = os.path.join(out, "checkpoints")
+    path = os.path.join(root, step_name(state.step))
+    beside = os.path.join(root, "next.writing")
+    shutil.rmtree(beside, ignore_errors=True)
+    os.makedirs(beside)
+    save_model(model, os.path.join(beside, "model"), tokenizer_from)
+    save_file(moments, os.path.join(beside, "optimizer.safetensors"))
+    files = {}
+    for name in files_in(beside):
+        file = os.path.join(beside, name)
+        files[name] = [os.path.getsize(file), sha256(file)]
+    with open(os.path.join(beside, "state.json"), "w", encoding="utf-8") as f:
+        json.dump({**asdict(state), "files": files}, f, indent=2)
+
+    for name in [*files, "state.json"]:
+        flush_to_disk(os.path.join(beside, name))
+    for at, _, _ in os.walk(beside):
+        flush_to_disk(at)
+    shutil.rmtree(path, ignore_errors=True)
+    os.rename(beside, path)
+    flush_to_disk(root)
+    remove_old(out, state, keep)
+
+
+def remove_old(out: str, state: State, keep: int) -> None:
+    """All but the last `keep` and the best. Later ones do not count: they are damaged, and this run
+    resumed from before them."""
+    names = [name for name in checkpoints(out) if name <= step_name(state.step)]
+    best = step_name(state.best_step or 0)
+    for name in names[:-keep]:
+        if name != best:
+            shutil.rmtree(os.path.join(out, "checkpoints", name))
+
+
+def step_name(step: int) -> str:
+    return f"step-{step:06d}"
+
+
+def checkpoints(out: str) -> list[str]:
+    """Names under OUT/checkpoints, oldest first."""
+    root = os.path.join(out, "checkpoints")
+    names = os.listdir(root) if os.path.isdir(root) else []
+    return sorted(name for name in names if name.startswith("step-"))
+
+
+def files_in(folder: str) -> list[str]:
+    found = []
+    for at, _, names in os.walk(folder):
+        found += [os.path.relpath(os.path.join(at, name), folder) for name in names]
+    return sorted(found)
 
 
 def sha256(path: str) -> str:
@@ -31,7 +137,7 @@ def sha256(path: str) -> str:
 
 
 def flush_to_disk(path: str) -> None:
-    """A file's content, or a folder's names; a rename is safe only once what it names is."""
+    """A file's content, or a folder's names: a rename is safe only once what it names is."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -39,84 +145,47 @@ def flush_to_disk(path: str) -> None:
         os.close(fd)
 
 
-def lock_folder(folder: str) -> None:
-    """Keep other runs out of a folder for as long as this process lives. Raises InputError if one is in it."""
-    try:
-        import fcntl
-        fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise InputError(f"{folder}: another process is training there; wait for it, or name another folder with --out") from None
-    except (ImportError, OSError):
-        pass    # Windows, or a file system without locks
-
-
-def files_in(folder: str) -> list[str]:
-    return sorted(os.path.relpath(os.path.join(at, name), folder) for at, _, names in os.walk(folder) for name in names)
-
-
-def save_checkpoint(out: str, model: Transformer, optimizer: torch.optim.Optimizer, state: dict, tokenizer_from: str, keep: int, write: bool = True) -> None:
-    """Write OUT/checkpoints/step-N and remove all but the last `keep` and the best. `state` names `step` and `best_step`.
-    Of a model in shards, all processes must call this, and one of them write."""
-    moments = on_cpu({f"{name}.{key}": value for name, p in model.named_parameters() for key, value in optimizer.state.get(p, {}).items()}, keep=write)
-    if not write:
-        return save_model(model, "", write=False)
-    root = os.path.join(out, "checkpoints")
-    path, beside = os.path.join(root, f"step-{state['step']:06d}"), os.path.join(root, "next.writing")
-    shutil.rmtree(beside, ignore_errors=True)
-    os.makedirs(beside)
-    save_model(model, os.path.join(beside, "model"), tokenizer_from)
-    save_file(moments, os.path.join(beside, "optimizer.safetensors"))
-    files = {name: [os.path.getsize(os.path.join(beside, name)), sha256(os.path.join(beside, name))] for name in files_in(beside)}
-    with open(os.path.join(beside, "state.json"), "w", encoding="utf-8") as f:
-        json.dump({**state, "files": files}, f, indent=2)
-    for name in [*files, "state.json"]:
-        flush_to_disk(os.path.join(beside, name))
-    for at, _, _ in os.walk(beside):
-        flush_to_disk(at)
-    shutil.rmtree(path, ignore_errors=True)
-    os.rename(beside, path)
-    flush_to_disk(root)
-    # A damaged one of later steps, from which this run went back, does not count.
-    for old in [name for name in checkpoints(out) if name <= os.path.basename(path)][:-keep]:
-        if old != f"step-{state['best_step'] or 0:06d}":
-            shutil.rmtree(os.path.join(root, old))
-
-
-def checkpoints(out: str) -> list[str]:
-    """Names under OUT/checkpoints, oldest first."""
-    root = os.path.join(out, "checkpoints")
-    return sorted(name for name in (os.listdir(root) if os.path.isdir(root) else []) if name.startswith("step-"))
-
-
-NOTHING = type(None)
-STATE = {"step": (int,), "bad_steps": (int,), "before": (float, NOTHING), "after": (float, NOTHING), "best": (float, NOTHING), "best_step": (int, NOTHING),
-         "epoch": (int,), "taken": (int,), "solved": (list,), "dropped": (list,)}
-
+# --------------------------------------------------------------------------------------------------
+# Reading
 
 def checkpoint_fault(path: str) -> str | None:
     """What is wrong with a checkpoint, or None."""
     try:
         state = read_json(os.path.join(path, "state.json"))
-        for name, (size, digest) in state["files"].items():
-            file = os.path.join(path, name)
-            if name != os.path.normpath(name) or name.startswith(("..", "/")):
-                return f"{name!r} lies outside it"
-            if not os.path.isfile(file):
-                return f"{name} is missing"
-            if os.path.getsize(file) != size:
-                return f"{name} has {os.path.getsize(file)} bytes, not {size}"
-            if sha256(file) != digest:
-                return f"{name} was altered"
-        numbers = [n for value in state.values() if type(value) in (int, float, list) for n in (value if type(value) is list else [value])]
-        if not all(type(state[name]) in kinds for name, kinds in STATE.items()) or not all(type(n) in (int, float) and 0 <= n < 2**53 for n in numbers) \
-                or not {"optimizer.safetensors", "model/config.json", "model/model.safetensors"} <= set(state["files"]):
-            return "state.json lacks something, or has it in another form"
-        if os.path.basename(path) != f"step-{state['step']:06d}":
-            return f"it is of step {state['step']}"
+        return files_fault(path, state["files"]) or state_fault(path, state)
     except OSError as e:
         return f"{e.filename or 'a file'} cannot be read: {e.strerror}"
     except (InputError, KeyError, TypeError, ValueError, AttributeError) as e:
         return f"state.json cannot be used ({e})"
+
+
+def files_fault(path: str, files: dict) -> str | None:
+    """Whether the files are those that state.json lists."""
+    for name, (size, digest) in files.items():
+        file = os.path.join(path, name)
+        if name != os.path.normpath(name) or name.startswith(("..", "/")):
+            return f"{name!r} lies outside it"
+        if not os.path.isfile(file):
+            return f"{name} is missing"
+        if os.path.getsize(file) != size:
+            return f"{name} has {os.path.getsize(file)} bytes, not {size}"
+        if sha256(file) != digest:
+            return f"{name} was altered"
+    return None
+
+
+def state_fault(path: str, state: dict) -> str | None:
+    """Whether state.json has everything, in the right form."""
+    numbers = []
+    for value in state.values():
+        if type(value) in (int, float, list):
+            numbers += value if type(value) is list else [value]
+    known = all(type(state[name]) in kinds for name, kinds in KINDS.items())
+    finite = all(type(n) in (int, float) and 0 <= n < 2**53 for n in numbers)
+    if not known or not finite or not FILES <= set(state["files"]):
+        return "state.json lacks something, or has it in another form"
+    if os.path.basename(path) != step_name(state["step"]):
+        return f"it is of step {state['step']}"
     return None
 
 
@@ -124,44 +193,80 @@ def newest_checkpoint(out: str) -> str | None:
     """Path of the newest whole checkpoint; each that is damaged is named on stderr."""
     for name in reversed(checkpoints(out)):
         path = os.path.join(out, "checkpoints", name)
-        wrong = checkpoint_fault(path)
-        if wrong is None:
+        fault = checkpoint_fault(path)
+        if fault is None:
             return path
-        print(f"warning: checkpoint {path} is damaged ({wrong}); going back to the one before", file=sys.stderr)
+        print(f"warning: checkpoint {path} is damaged ({fault}); going back to the one before",
+              file=sys.stderr)
     return None
 
 
+def checkpoint_to_resume(out: str) -> str | None:
+    """The newest whole one; None if the run had not come to its first."""
+    checkpoint = parallel.from_first(newest_checkpoint(out) if parallel.rank() == 0 else None)
+    if checkpoint is None and checkpoints(out):
+        raise InputError(f"--resume: no checkpoint in {out}/checkpoints is whole; mend one, or "
+                         "begin a new run")
+    return checkpoint
+
+
 @torch.no_grad()
-def load_checkpoint(path: str, model: Transformer, optimizer: torch.optim.Optimizer) -> dict:
-    """Put weights and moments back in place. Returns the state."""
+def load_checkpoint(
+    path: str, model: Transformer, optimizer: torch.optim.Optimizer,
+) -> State:
+    """Put weights and moments back in place."""
     read_weights(os.path.join(path, "model"), model)
     by_name = dict(model.named_parameters())
     with safe_open(os.path.join(path, "optimizer.safetensors"), framework="pt") as f:
         for name in f.keys():
             parameter, key = name.rsplit(".", 1)
             if parameter not in by_name:
-                raise InputError(f"{path}: optimizer.safetensors holds {name}, which this model does not have")
-            p, tensor = by_name[parameter], f.get_tensor(name)
-            moment = torch.empty_like(p) if tensor.dim() else torch.empty((), device=p.device)   # or the number of steps
-            copy_into(moment, tensor)
+                raise InputError(f"{path}: optimizer.safetensors holds {name}, which this model "
+                                 "does not have")
+            p = by_name[parameter]
+            tensor = f.get_tensor(name)
+            if tensor.dim():
+                moment = torch.empty_like(p)
+            else:    # the number of steps
+                moment = torch.empty((), device=p.device)
+            parallel.copy_into(moment, tensor)
             optimizer.state[p][key] = moment
-    return read_json(os.path.join(path, "state.json"))
+    state = read_json(os.path.join(path, "state.json"))
+    return State(**{name: state[name] for name in KINDS})
+
+
+# --------------------------------------------------------------------------------------------------
+# The folder of a run
+
+def lock_folder(folder: str) -> None:
+    """Keep other runs out for as long as this process lives. Raises InputError if one is in it."""
+    try:
+        import fcntl
+        fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"{folder}: another process is training there; wait for it, or name "
+                         "another folder with --out") from None
+    except (ImportError, OSError):
+        pass    # Windows, or a file system without locks
 
 
 def refuse_changes(out: str, settings: dict) -> None:
     """Raises InputError at the first setting that is not as in OUT/run.json."""
     path = os.path.join(out, "run.json")
-    was = read_json(path)
-    was = was.get("settings") if isinstance(was, dict) else None
+    record = read_json(path)
+    was = record.get("settings") if isinstance(record, dict) else None
     if not isinstance(was, dict):
-        raise InputError(f"--resume: {path} names no settings; it was altered, or is of another version; begin a new run")
+        raise InputError(f"--resume: {path} names no settings; it was altered, or is of another "
+                         "version; begin a new run")
     for name, new in settings.items():
         old = was.get(name)
         if name == "algorithm" and isinstance(old, dict) and old != new:
             name = next(key for key in new if new[key] != old.get(key))
-            old, new = old.get(name), settings["algorithm"][name]
+            old, new = old.get(name), new[name]
         if old != new:
-            raise InputError(f"--resume: {name.replace('_', '-')} was {old!r} when {out} began, and is {new!r} now; use what it was, or begin a new run")
+            flag = name.replace("_", "-")
+            raise InputError(f"--resume: {flag} was {old!r} when {out} began, and is {new!r} now; "
+                             "use what it was, or begin a new run")
 
 
 def cut_log(path: str, step: int) -> None:

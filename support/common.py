@@ -1,91 +1,195 @@
-"""What every program here needs: errors of one line, a device, a file that is whole."""
+"""What every program here needs: one-line errors, a device, files that are whole or not there."""
 from __future__ import annotations
 
 import contextlib
+import gzip
 import json
 import os
+import shutil
 import sys
+import zlib
 
 import torch
 from safetensors import SafetensorError
 
 
+# --------------------------------------------------------------------------------------------------
+# Errors
+
 class InputError(Exception):
-    """Something the user gave us cannot be used. The message is one line that says what, where and what to do."""
+    """Something the user gave us cannot be used. The message is one line: what, where, what to do."""
+
+
+def one_line(e: BaseException) -> str:
+    """An exception of others, for use inside a message of ours."""
+    return " ".join(f"{type(e).__name__}: {e}".split())[:200]
+
+
+def is_out_of_memory(e: RuntimeError) -> bool:
+    """On a CPU, running out of memory has no exception class of its own."""
+    words = ("DefaultCPUAllocator", "could not create a primitive", "bad_alloc")
+    return isinstance(e, torch.OutOfMemoryError) or any(word in str(e) for word in words)
 
 
 def exit_cleanly(main) -> None:
-    """Run a program; what a user can cause ends in one line on stderr and a status: 2 for bad input, 130 for Ctrl-C."""
+    """Run a program. What a user can cause ends in one line on stderr and a status: 2 for bad
+    input, 130 for Ctrl-C. Any other exception is a bug of ours, and keeps its traceback."""
     status = 0
     try:
         main()
     except InputError as e:
         message, status = f"error: {' '.join(str(e).split())}", 2
     except KeyboardInterrupt:
-        message, status = "interrupted", 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # whoever read our output has gone; so may we
-        status = 1
+        message, status = "\ninterrupted", 130
+    except BrokenPipeError:    # whoever read our output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except OSError as e:
         message, status = f"error: {e.filename or 'a file'}: {e.strerror or e}", 2
     except SafetensorError as e:
         message, status = f"error: weights cannot be read or written ({e})", 2
-    except RuntimeError as e:  # torch.OutOfMemoryError is one, and on a CPU there is no class of its own
-        if not isinstance(e, torch.OutOfMemoryError) and not any(words in str(e) for words in ("DefaultCPUAllocator", "could not create a primitive", "bad_alloc")):
+    except RuntimeError as e:
+        if not is_out_of_memory(e):
             raise
-        message, status = "error: out of memory; lower --rows-per-pass (updates), --rows (sampling) or --max-new-tokens", 2
-    if status > 1:
-        print("\n" * (status == 130) + message, file=sys.stderr)
+        message, status = ("error: out of memory; lower --rows-per-pass (updates), --rows "
+                           "(sampling) or --max-new-tokens"), 2
+    if status:
+        print(message, file=sys.stderr)
     sys.exit(status)
 
 
+# --------------------------------------------------------------------------------------------------
+# Devices
+
 def pick_device(name: str) -> torch.device:
-    """`auto` is the first GPU if there is one."""
+    """`auto` is the first GPU if there is one. Raises InputError for a device that is not there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
         torch.empty(1, device=device).item()
         if device.type == "cuda" and device.index is not None:
-            torch.cuda.set_device(device)   # CUDA graphs are recorded on the current one
+            torch.cuda.set_device(device)    # CUDA graphs are recorded on the current device
         return device
     except (RuntimeError, AssertionError, NotImplementedError) as e:
-        raise InputError(f"--device {name}: cannot be used ({str(e).splitlines()[0]})") from None
+        reason = str(e).splitlines()[0]
+        raise InputError(f"--device {name}: cannot be used ({reason})") from None
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """`auto` is bfloat16 where matrix products in it are faster: GPUs, and CPUs with bf16 instructions of their own."""
-    if name == "auto":
-        if device.type == "cpu":
-            try:
-                with open("/proc/cpuinfo") as f:
-                    fast = bool({"amx_bf16", "avx512_bf16"} & set(f.read().split()))
-            except OSError:
-                fast = False
-        else:
-            fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        name = "bfloat16" if fast else "float32"
-    return getattr(torch, name)
+    """`auto` is bfloat16 where matrix products in it are faster: on GPUs, and on CPUs with bf16
+    instructions of their own."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = device.type == "cpu" and cpu_has_bf16()
+    return torch.bfloat16 if fast else torch.float32
 
+
+def cpu_has_bf16() -> bool:
+    try:
+        with open("/proc/cpuinfo") as f:
+            return not {"amx_bf16", "avx512_bf16"}.isdisjoint(f.read().split())
+    except OSError:
+        return False
+
+
+# --------------------------------------------------------------------------------------------------
+# Files
 
 @contextlib.contextmanager
 def written_whole(path: str):
-    """A text file to write to, which is written beside and renamed, so that it is whole or not there."""
+    """A text file to write to. It is written beside and renamed: whole, or not there."""
     with open(path + ".writing", "w", encoding="utf-8") as f:
         yield f
     os.replace(f.name, path)
 
 
+@contextlib.contextmanager
+def replaced_folder(folder: str):
+    """A new folder to fill, which then takes the place of `folder`: never half of one."""
+    folder = folder.rstrip("/")
+    beside = f"{folder}.writing"
+    shutil.rmtree(beside, ignore_errors=True)
+    os.makedirs(beside)
+    yield beside
+    if os.path.isdir(folder):
+        old = f"{folder}.old"
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(folder, old)
+        os.rename(beside, folder)
+        shutil.rmtree(old)
+    else:
+        os.rename(beside, folder)
+
+
 def read_json(path: str):
-    """The parsed file, or InputError with file and line."""
+    """The parsed file. Raises InputError with file and line."""
     try:
         with open(path, encoding="utf-8") as f:
             return json.load(f)
     except json.JSONDecodeError as e:
         raise InputError(f"{path}, line {e.lineno}: not valid JSON ({e.msg})") from None
-    except (OSError, ValueError, RecursionError) as e:   # ValueError: not UTF-8, or a number of thousands of digits
+    except (OSError, ValueError, RecursionError) as e:
+        # ValueError: not UTF-8, or a number of thousands of digits
         raise InputError(f"{path}: cannot be read ({getattr(e, 'strerror', None) or e})") from None
 
 
-def one_line(e: BaseException) -> str:
-    return " ".join(f"{type(e).__name__}: {e}".split())[:200]
+LONGEST_LINE = 16 * 2**20  # bytes
+
+
+def read_records(path: str) -> list[tuple[str, object]]:
+    """(where it stands, parsed value) of each record in a .jsonl, .jsonl.gz or .json file, which
+    must be a list. Raises InputError with file and line."""
+    if not os.path.isfile(path):
+        what = "is a folder, not a file" if os.path.isdir(path) else "no such file"
+        raise InputError(f"{path}: {what}")
+    try:
+        opened = gzip.open(path, "rb") if path.endswith(".gz") else open(path, "rb")
+        with opened as f:
+            if path.endswith((".json", ".json.gz")):
+                return read_list(f.read(), path)
+            return list(read_lines(f, path))
+    except json.JSONDecodeError as e:
+        raise InputError(f"{path}, line {e.lineno}: not valid JSON ({e.msg})") from None
+    except (OSError, EOFError, ValueError, RecursionError, zlib.error) as e:
+        raise InputError(f"{path}: cannot be read ({getattr(e, 'strerror', None) or e})") from None
+
+
+def read_list(data: bytes, path: str) -> list[tuple[str, object]]:
+    records = json.loads(data.decode("utf-8-sig"), object_pairs_hook=refuse_repeated_fields)
+    if not isinstance(records, list):
+        raise InputError(f"{path}: a .json file must hold a list of problems (one object a line "
+                         "is .jsonl)")
+    return [(f"{path}, item {i}", record) for i, record in enumerate(records, 1)]
+
+
+def read_lines(f, path: str):
+    number = 0
+    while True:
+        line = f.readline(LONGEST_LINE + 1)
+        if not line:
+            return
+        number += 1
+        where = f"{path}, line {number}"
+        if len(line) > LONGEST_LINE:
+            raise InputError(
+                f"{where}: longer than {LONGEST_LINE >> 20} MiB; is this a JSONL file?")
+        if not line.strip():
+            continue
+        try:
+            text = line.decode("utf-8-sig")
+            yield where, json.loads(text, object_pairs_hook=refuse_repeated_fields)
+        except UnicodeDecodeError:
+            raise InputError(f"{where}: not UTF-8 text") from None
+        except (ValueError, RecursionError) as e:
+            raise InputError(f"{where}: not valid JSON ({getattr(e, 'msg', e)})") from None
+
+
+def refuse_repeated_fields(pairs):
+    record = dict(pairs)
+    if len(record) != len(pairs):
+        raise ValueError("a field appears twice")
+    return record

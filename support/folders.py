@@ -1,122 +1,199 @@
-"""Hugging Face model folders in detail: both dialects of config.json, shards, tokenizer files."""
+"""Hugging Face model folders in detail: what config.json may say, weights in one file or in shards,
+and the tokenizer's files.
+
+Whatever model.py would compute wrongly is refused here by name, before any weight is read.
+"""
 from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
+
+import tokenizers
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from support.common import InputError, read_json
 
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
-# No model is larger than this; a config.json that says so would only fail later, after a long time or with no memory left.
-SIZE_LIMITS = {"sliding_window": 2**31, "vocab_size": 2**22, "hidden_size": 2**17, "intermediate_size": 2**20, "num_hidden_layers": 1024,
-               "num_attention_heads": 2**12, "num_key_value_heads": 2**12, "head_dim": 2**12, "max_position_embeddings": 2**27}
+# Reject absurd sizes before anything of that size is allocated. No model is larger than this.
+SIZE_LIMITS = {
+    "sliding_window": 2**31,
+    "vocab_size": 2**22,
+    "hidden_size": 2**17,
+    "intermediate_size": 2**20,
+    "num_hidden_layers": 1024,
+    "num_attention_heads": 2**12,
+    "num_key_value_heads": 2**12,
+    "head_dim": 2**12,
+    "max_position_embeddings": 2**27,
+}
+
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", "generation_config.json")
+
+
+# --------------------------------------------------------------------------------------------------
+# config.json
+
+class ConfigFile:
+    """config.json, whose values are checked as they are read."""
+    def __init__(self, folder: str):
+        if not os.path.isdir(folder):
+            raise InputError(
+                f"{folder}: no such folder; --model wants a Hugging Face model folder on this "
+                "machine (hf download NAME --local-dir DIR)")
+        self.path = os.path.join(folder, "config.json")
+        if not os.path.isfile(self.path):
+            raise InputError(
+                f"{folder}: no config.json there; --model wants a Hugging Face model folder")
+        self.raw = read_json(self.path)
+        if not isinstance(self.raw, dict):
+            self.refuse("not a JSON object")
+
+    def refuse(self, what: str):
+        raise InputError(f"{self.path}: {what}")
+
+    def flag(self, name: str) -> bool:
+        value = self.raw.get(name) or False
+        if not isinstance(value, bool):
+            self.refuse(f"{name} is {value!r}; expected true or false")
+        return value
+
+    def size(self, name: str, default: int | None = None) -> int:
+        value = self.raw.get(name)
+        if value is None:
+            value = default
+        most = SIZE_LIMITS[name]
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+            self.refuse(f"{name} is {value!r}; expected a whole number from 1 to {most}")
+        return value
+
+    def number(self, name: str, default: float | None = None, where: dict | None = None) -> float:
+        value = (self.raw if where is None else where).get(name, default)
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not is_number or not 0 < value < 1e300:
+            self.refuse(f"{name} is {value!r}; expected a positive number")
+        return float(value)
 
 
 def read_settings(folder: str) -> dict:
-    """config.json in either dialect (`rope_theta` + `rope_scaling`, or `rope_parameters`).
-
-    Raises InputError for everything this file would compute wrongly, by name, before any weight is read.
-    """
-    if not os.path.isdir(folder):
-        raise InputError(f"{folder}: no such folder; --model wants a Hugging Face model folder on this machine (hf download NAME --local-dir DIR)")
-    path = os.path.join(folder, "config.json")
-    if not os.path.isfile(path):
-        raise InputError(f"{folder}: no config.json there; --model wants a Hugging Face model folder")
-    raw = read_json(path)
-    if not isinstance(raw, dict):
-        raise InputError(f"{path}: not a JSON object")
-
-    def refuse(what):
-        raise InputError(f"{path}: {what}")
-
+    """The fields of model.ModelConfig, from config.json in either dialect (`rope_theta` and
+    `rope_scaling`, or `rope_parameters`). Raises InputError for what model.py does not compute."""
+    file = ConfigFile(folder)
+    raw = file.raw
     family = raw.get("model_type")
     if family not in FAMILIES:
-        refuse(f"model_type {family!r} is not supported (supported: {', '.join(FAMILIES)})")
+        file.refuse(f"model_type {family!r} is not supported (supported: {', '.join(FAMILIES)})")
     if raw.get("quantization_config"):
-        refuse("quantized weights are not supported; use the unquantized model")
+        file.refuse("quantized weights are not supported; use the unquantized model")
     if raw.get("hidden_act", "silu") != "silu":
-        refuse(f"hidden_act {raw['hidden_act']!r} is not supported (supported: silu)")
+        file.refuse(f"hidden_act {raw['hidden_act']!r} is not supported (supported: silu)")
 
-    def flag(name):
-        value = raw.get(name) or False
-        if not isinstance(value, bool):
-            refuse(f"{name} is {value!r}; expected true or false")
-        return value
+    heads = file.size("num_attention_heads")
+    width = file.size("hidden_size")
+    kv_heads = heads    # what a null means, and in llama an absent field too
+    if "num_key_value_heads" not in raw:
+        kv_heads = {"llama": heads, "mistral": 8}.get(family, 32)
+    positions = {"llama": 2048, "mistral": 131072}.get(family, 32768)
+    positions = file.size("max_position_embeddings", positions)
+    refuse_other_attention(file, family, positions)
+    rope = rope_parameters(file)
+    bias = file.flag("attention_bias") and family in ("llama", "qwen3")
 
-    def size(name, default=None):
-        value = raw.get(name)
-        value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= SIZE_LIMITS[name]:
-            refuse(f"{name} is {value!r}; expected a whole number from 1 to {SIZE_LIMITS[name]}")
-        return value
+    settings = dict(
+        model_type=family,
+        vocab_size=file.size("vocab_size"),
+        hidden_size=width,
+        intermediate_size=file.size("intermediate_size"),
+        num_hidden_layers=file.size("num_hidden_layers"),
+        num_attention_heads=heads,
+        num_key_value_heads=file.size("num_key_value_heads", kv_heads),
+        head_dim=file.size("head_dim", 128 if family == "qwen3" else max(width // heads, 1)),
+        max_position_embeddings=positions,
+        rms_norm_eps=file.number("rms_norm_eps", 1e-6),
+        tie_word_embeddings=file.flag("tie_word_embeddings"),
+        qkv_bias=bias or family == "qwen2",
+        out_bias=bias,
+        mlp_bias=family == "llama" and file.flag("mlp_bias"),
+        qk_norm=family == "qwen3",
+        rope_theta=file.number("rope_theta", 10000.0, rope),
+        rope_scaling=rope_scaling(file, rope),
+        raw=raw)
+    if heads % settings["num_key_value_heads"]:
+        shared = settings["num_key_value_heads"]
+        file.refuse(f"{heads} query heads cannot share {shared} key/value heads")
+    if settings["head_dim"] % 2:
+        file.refuse(f"head_dim {settings['head_dim']} is odd; rotary position embedding turns pairs")
+    return settings
 
-    def number(where, name, default=None):
-        value = where.get(name, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e300:
-            refuse(f"{name} is {value!r}; expected a positive number")
-        return float(value)
 
-    heads, width = size("num_attention_heads"), size("hidden_size")
-    positions = size("max_position_embeddings", {"llama": 2048, "mistral": 131072}.get(family, 32768))
-    # A window that is not named is 4096 in mistral, and in qwen where it is switched on.
-    if family == "mistral" or family.startswith("qwen") and flag("use_sliding_window"):
-        window = raw.get("sliding_window", 4096)
-        if window is not None and size("sliding_window", 4096) < positions:
-            refuse(f"an active sliding window ({window}) is not supported; set sliding_window to null if you mean full attention")
-    layer_types = raw.get("layer_types") or []
-    if not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types):
-        refuse("layer_types names other layers than full_attention, such as a sliding window; they are not supported")
+def refuse_other_attention(file: ConfigFile, family: str, positions: int) -> None:
+    """Sliding windows, and layers of another type than full attention."""
+    # A window that is not named is 4096 in mistral, and in qwen if it is switched on.
+    if family == "mistral" or family.startswith("qwen") and file.flag("use_sliding_window"):
+        window = file.raw.get("sliding_window", 4096)
+        if window is not None and file.size("sliding_window", 4096) < positions:
+            file.refuse(f"an active sliding window ({window}) is not supported; set sliding_window "
+                        "to null if you mean full attention")
+    kinds = file.raw.get("layer_types") or []
+    if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
+        file.refuse("layer_types names other layers than full_attention, such as a sliding window; "
+                    "they are not supported")
 
+
+def rope_parameters(file: ConfigFile) -> dict:
+    """What either dialect says of rotary position embedding."""
     for name in ("rope_parameters", "rope_scaling"):
-        if not isinstance(raw.get(name) or {}, dict):
-            refuse(f"{name} is not an object")
+        if not isinstance(file.raw.get(name) or {}, dict):
+            file.refuse(f"{name} is not an object")
     # Files that mix the dialects exist: rope_theta may stand beside either.
-    rope = {"rope_theta": raw.get("rope_theta", 10000.0), **(raw.get("rope_scaling") or raw.get("rope_parameters") or {})}
+    rope = {"rope_theta": file.raw.get("rope_theta", 10000.0)}
+    rope |= file.raw.get("rope_scaling") or file.raw.get("rope_parameters") or {}
     if any(isinstance(value, dict) for value in rope.values()):
-        refuse("rope parameters that differ between layers are not supported")
+        file.refuse("rope parameters that differ between layers are not supported")
+    partial = file.raw.get("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0))
+    if partial != 1.0:
+        file.refuse("partial_rotary_factor is not supported")
+    return rope
+
+
+def rope_scaling(file: ConfigFile, rope: dict) -> tuple | None:
+    """model.ModelConfig.rope_scaling."""
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
-        scaling = None
-    elif kind == "linear":
-        scaling = ("linear", number(rope, "factor"))
-    elif kind == "llama3":
-        scaling = ("llama3", *(number(rope, n) for n in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")))
-        if scaling[2] >= scaling[3]:
-            refuse("low_freq_factor must be below high_freq_factor")
-    else:
-        refuse(f"rope type {kind!r} is not supported (supported: default, linear, llama3)")
-    if raw.get("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0)) != 1.0:
-        refuse("partial_rotary_factor is not supported")
+        return None
+    if kind == "linear":
+        return ("linear", file.number("factor", where=rope))
+    if kind != "llama3":
+        file.refuse(f"rope type {kind!r} is not supported (supported: default, linear, llama3)")
+    names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    factor, low, high, original = (file.number(name, where=rope) for name in names)
+    if low >= high:
+        file.refuse("low_freq_factor must be below high_freq_factor")
+    return ("llama3", factor, low, high, original)
 
-    bias = flag("attention_bias") and family in ("llama", "qwen3")
-    kv_heads = {"llama": heads, "mistral": 8}.get(family, 32) if "num_key_value_heads" not in raw else heads
-    config = dict(
-        model_type=family, vocab_size=size("vocab_size"), hidden_size=width, intermediate_size=size("intermediate_size"),
-        num_hidden_layers=size("num_hidden_layers"), num_attention_heads=heads,
-        num_key_value_heads=size("num_key_value_heads", kv_heads),
-        head_dim=size("head_dim", 128 if family == "qwen3" else max(width // heads, 1)), max_position_embeddings=positions,
-        rms_norm_eps=number(raw, "rms_norm_eps", 1e-6), tie_word_embeddings=flag("tie_word_embeddings"),
-        qkv_bias=bias or family == "qwen2", out_bias=bias, mlp_bias=family == "llama" and flag("mlp_bias"),
-        qk_norm=family == "qwen3", rope_theta=number(rope, "rope_theta", 10000.0), rope_scaling=scaling, raw=raw)
-    if heads % config["num_key_value_heads"]:
-        refuse(f"{heads} query heads cannot share {config['num_key_value_heads']} key/value heads")
-    if config["head_dim"] % 2:
-        refuse(f"head_dim {config['head_dim']} is odd; rotary position embedding turns pairs")
-    return config
 
+# --------------------------------------------------------------------------------------------------
+# Weights
 
 def weight_files(folder: str) -> list[str]:
     """Paths of the safetensors files: model.safetensors, or the shards its index names."""
-    single, index = os.path.join(folder, "model.safetensors"), os.path.join(folder, "model.safetensors.index.json")
+    single = os.path.join(folder, "model.safetensors")
     if os.path.isfile(single):
         return [single]
+    index = os.path.join(folder, "model.safetensors.index.json")
     if not os.path.isfile(index):
-        raise InputError(f"{folder}: neither model.safetensors nor model.safetensors.index.json there (only safetensors weights are read)")
+        raise InputError(f"{folder}: neither model.safetensors nor model.safetensors.index.json "
+                         "there (only safetensors weights are read)")
     table = read_json(index)
     names = table.get("weight_map") if isinstance(table, dict) else None
-    if not isinstance(names, dict) or not names or not all(isinstance(n, str) for n in names.values()):
+    well_formed = isinstance(names, dict) and names
+    if not well_formed or not all(isinstance(n, str) for n in names.values()):
         raise InputError(f"{index}: no weight_map of tensor names to files")
     for name in set(names.values()):
         if name != os.path.basename(name):
@@ -125,8 +202,104 @@ def weight_files(folder: str) -> list[str]:
             raise InputError(f"{index}: shard {name!r} is missing")
     return [os.path.join(folder, name) for name in sorted(set(names.values()))]
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json", "added_tokens.json",
-                   "vocab.json", "merges.txt", "tokenizer.model", "generation_config.json")
+
+def check_tensors(folder: str, wanted: dict[str, Tensor], tied: bool) -> dict[str, str]:
+    """The file of each tensor. Raises InputError unless they are `wanted`'s, by name and shape.
+
+    With `tied`, lm_head.weight may be there too, as a copy of the embedding."""
+    shapes = {name: list(p.shape) for name, p in wanted.items()}
+    if tied:
+        shapes["lm_head.weight"] = shapes["model.embed_tokens.weight"]
+    where = {}
+    for path in weight_files(folder):
+        try:
+            with safe_open(path, framework="pt") as f:
+                found = {name: list(f.get_slice(name).get_shape()) for name in f.keys()}
+        except (SafetensorError, OSError) as e:
+            raise InputError(
+                f"{path}: not a readable safetensors file, perhaps cut short ({e})") from None
+        for name, shape in found.items():
+            if name in where:
+                other = os.path.basename(where[name])
+                raise InputError(f"{path}: tensor {name} is in {other} too")
+            where[name] = path
+            if name.endswith("rotary_emb.inv_freq"):    # in some old folders; config.json says it
+                continue
+            if name not in shapes:
+                raise InputError(f"{path}: unexpected tensor {name!r}; config.json describes "
+                                 "another model")
+            if shapes[name] != shape:
+                raise InputError(f"{path}: {name} is {tuple(shape)}; config.json says "
+                                 f"{tuple(shapes[name])}")
+    missing = sorted(set(wanted) - set(where))
+    if missing:
+        raise InputError(f"{folder}: {len(missing)} weights are in no file, first {missing[0]}")
+    return where
+
+
+def tensors(folder: str, wanted: dict[str, Tensor], tied: bool) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) for each that is wanted, one at a time. Raises InputError as check_tensors
+    does, and for NaN, infinite values, quantized weights, and a tied copy that differs."""
+    where = check_tensors(folder, wanted, tied)
+    floats = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+    for path in sorted(set(where.values())):
+        with safe_open(path, framework="pt") as f:
+            for name in f.keys():
+                if name not in wanted:
+                    continue
+                tensor = f.get_tensor(name)
+                if tensor.dtype not in floats:
+                    raise InputError(f"{path}: {name} is {tensor.dtype}; quantized weights are not "
+                                     "supported")
+                if not tensor.isfinite().all():
+                    raise InputError(f"{path}: {name} holds NaN or infinite values")
+                yield name, tensor
+    if tied and "lm_head.weight" in where:
+        pair = []
+        for name in ("lm_head.weight", "model.embed_tokens.weight"):
+            with safe_open(where[name], framework="pt") as f:
+                pair.append(f.get_tensor(name).float())
+        if not torch.equal(*pair):
+            raise InputError(f"{where['lm_head.weight']}: lm_head.weight differs from the "
+                             "embedding, and config.json says tie_word_embeddings")
+
+
+# --------------------------------------------------------------------------------------------------
+# Tokenizer files
+
+def read_backend(folder: str) -> tokenizers.Tokenizer:
+    """tokenizer.json, as the tokenizers library reads it."""
+    path = os.path.join(folder, "tokenizer.json")
+    if not os.path.isfile(path):
+        raise InputError(f"{folder}: no tokenizer.json there")
+    try:
+        backend = tokenizers.Tokenizer.from_file(path)
+    except Exception as e:  # the library raises bare Exception
+        reason = " ".join(str(e).split())[:200]
+        raise InputError(f"{path}: not a readable tokenizer ({reason})") from None
+    backend.no_truncation()    # some files were saved with truncation or padding on
+    backend.no_padding()
+    return backend
+
+
+def read_optional(folder: str, name: str) -> dict:
+    path = os.path.join(folder, name)
+    value = read_json(path) if os.path.isfile(path) else {}
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: not a JSON object")
+    return value
+
+
+def special_tokens(config: dict) -> dict[str, str]:
+    """The texts of the special tokens that tokenizer_config.json names."""
+    special = {}
+    for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
+        value = config.get(name)
+        if isinstance(value, dict):
+            value = value.get("content")
+        if isinstance(value, str):
+            special[name] = value
+    return special
 
 
 def copy_tokenizer(source: str, folder: str) -> None:

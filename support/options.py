@@ -1,4 +1,6 @@
-"""Settings: one field, one flag; what may change on resuming; the run as one command."""
+"""Settings: one field, one flag, one line of --help. Where a run lies, and what it may change when
+it is resumed.
+"""
 from __future__ import annotations
 
 import argparse
@@ -8,144 +10,329 @@ import os
 import re
 import shlex
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
+from importlib import util
 
 import torch
 
 from gcpo import ALGORITHMS, Algorithm, switch
-from model import Transformer
-from sampler import cache_bytes_per_token, rows_that_fit
+from grader import Reward
 from support import parallel
 from support.checkpoint import sha256
-from support.common import InputError
+from support.common import InputError, one_line, pick_device
 from support.folders import TOKENIZER_FILES, weight_files
-from support.toy import TOY
+from support.toy import TOY, build_toy, toy_files
 
 
 @dataclass(frozen=True)
 class Config:
-    """One field, one flag, one line of --help. The switches of gcpo.Algorithm are flags as well."""
+    """The settings of a run. The switches of gcpo.Algorithm are flags as well."""
+    # What to train on
     model: str = switch(None, "Hugging Face model folder (without --model and --data: the toy)")
     data: str = switch(None, "training problems: .jsonl, .jsonl.gz or .json")
-    eval_data: str = switch(None, "held-out problems, evaluated before and after training and every --eval-every steps")
-    out: str = switch(None, "folder for model, logs and samples (default: a new one under runs/)")
+    eval_data: str = switch(None, "held-out problems, evaluated before and after training and "
+                                  "every --eval-every steps")
+    answer_format: str = switch("hash", "what instruction and gold use: #### or \\boxed{}",
+                                ("hash", "boxed"))
+    instruction: str = switch(None, "text after each question, in place of the format's own")
+    answer_only_gold: bool = switch(False, "make gold of the bare answer if the data has no "
+                                           "solution")
+    reward: str = switch(None, "FILE.py:function, (response, answer) -> float, in place of the "
+                               "grader")
+    correct_at: float = switch(1.0, "reward from which on a response counts as correct")
+
+    # How
     algo: str = switch("gcpo", "preset of the switches below", tuple(ALGORITHMS))
     steps: int = switch(200, "training steps: batches of rollouts")
     prompts: int = switch(8, "problems per step")
     group_size: int = switch(8, "G, rollouts per problem")
     max_new_tokens: int = switch(200, "longest response; gold that is longer is not used")
-    updates: int = switch(1, "optimizer steps per batch of rollouts, each on its share of the groups")
     temperature: float = switch(1.0, "of sampling; it divides the logits in scoring too")
+    updates: int = switch(1, "optimizer steps per batch of rollouts, each on its minibatch of "
+                             "the groups")
     lr: float = switch(1e-5, "learning rate of AdamW, reached after the warm-up")
     lr_end: float = switch(1.0, "share of the learning rate left at the last step (linear)")
     warmup: int = switch(5, "steps of linear warm-up")
     weight_decay: float = switch(0.0, "decoupled weight decay")
     max_grad_norm: float = switch(1.0, "gradients are scaled down to this norm")
-    eval_every: int = switch(0, "evaluate every so many steps; 0: before and after only")
-    eval_samples: int = switch(1, "responses per held-out problem; 1 is greedy, more are sampled at temperature 1")
-    eval_limit: int = switch(200, "only the first so many held-out problems; 0: all")
-    save_every: int = switch(50, "write a checkpoint every so many steps, and at the end; 0: at the end only")
-    keep: int = switch(2, "checkpoints to keep, and the best by evaluation besides")
-    show: bool = switch(False, "sample one group, print what the algorithm does with it, and stop")
-    resume: bool = switch(False, "go on with the run in --out (default: the newest of its name), to the bit")
-    max_bad_steps: int = switch(10, "stop after so many steps in a row whose gradient is not finite")
-    answer_format: str = switch("hash", "what instruction and gold use: #### or \\boxed{}", ("hash", "boxed"))
-    instruction: str = switch(None, "text after each question, in place of the format's own")
-    answer_only_gold: bool = switch(False, "make gold from the bare answer where the data has no solution")
-    reward: str = switch(None, "FILE.py:function, (response, answer) -> float, in place of the grader")
-    correct_at: float = switch(1.0, "reward from which on a response counts as correct")
     seed: int = switch(0, "of everything random")
+
+    # What is evaluated, saved and shown
+    out: str = switch(None, "folder for model, logs and samples (default: a new one under runs/)")
+    eval_every: int = switch(0, "evaluate every so many steps; 0: before and after only")
+    eval_samples: int = switch(1, "responses per held-out problem; 1 is greedy, more are sampled "
+                                  "at temperature 1")
+    eval_limit: int = switch(200, "only the first so many held-out problems; 0: all")
+    save_every: int = switch(50, "write a checkpoint every so many steps, and at the end; 0: at "
+                                 "the end only")
+    keep: int = switch(2, "checkpoints to keep, and the best by evaluation besides")
+    resume: bool = switch(False, "go on with the run in --out (default: the newest of its name), "
+                                 "to the bit")
+    max_bad_steps: int = switch(10, "stop after so many steps in a row whose gradient is not "
+                                    "finite")
+    show: bool = switch(False, "the same as show.py: one group before your eyes, nothing saved")
+
+    # The machine
     device: str = switch("auto", "auto, cpu, cuda, cuda:1 …")
-    dtype: str = switch("auto", "of the compute; auto: bfloat16 where it is faster and precise enough", ("auto", "float32", "bfloat16"))
+    dtype: str = switch("auto", "of the policy, which samples and scores; auto: bfloat16 where it "
+                                "is faster and precise enough", ("auto", "float32", "bfloat16"))
     threads: int = switch(0, "CPU threads; 0: PyTorch's choice")
     rows: int = switch(0, "rows sampled at a time; 0: what fits in memory, at most 256")
-    shard: bool = switch(False, "each of torchrun's processes keeps its part of weights, gradients and moments only, for models larger than one device")
-    gradient_checkpointing: bool = switch(False, "compute activations again in backward: less memory, about a third more time")
-    rows_per_pass: int = switch(8, "rows that go through an update together: a group, part of a large one, or several small ones")
+    rows_per_pass: int = switch(8, "rows that go through an update together: a group, part of a "
+                                   "large one, or several small ones")
+    gradient_checkpointing: bool = switch(False, "compute activations again in backward: less "
+                                                 "memory, about a third more time")
+    shard: bool = switch(False, "each of torchrun's processes keeps only its part of weights, "
+                                "gradients and moments, for models larger than one device")
 
-BF16_RATIO_NOISE = 0.005  # of a sequence ratio over ~100 tokens, measured on SmolLM2-135M
 
+GROUPS = {  # --help's headings, each with the first of its flags, in Config's order
+    "what to train on": "model",
+    "how": "algo",
+    "what is evaluated, saved and shown": "out",
+    "the machine": "device",
+}
+SWITCHES = {f.name for f in fields(Algorithm)}
+
+# Where "auto" may not be bf16: a sequence ratio over ~100 tokens carries so much rounding noise
+# (measured on SmolLM2-135M), and GSPO's clip range is 4e-4.
+BF16_RATIO_NOISE = 0.005
+
+
+def learning_rate(step: int, config: Config) -> float:
+    """For step `step` (from 0): linear warm-up, then linear to lr · lr_end at the last step."""
+    if step < config.warmup:
+        return config.lr * (step + 1) / config.warmup
+    done = (step - config.warmup) / max(1, config.steps - 1 - config.warmup)
+    return config.lr * (1 - (1 - config.lr_end) * done)
+
+
+# --------------------------------------------------------------------------------------------------
+# From the command line to settings
 
 def parse_flags(argv: list[str] | None = None) -> tuple[Config, Algorithm, dict]:
-    """Config and Algorithm from the command line, and the flags that were given by hand."""
-    parser = argparse.ArgumentParser(description="Training: sample → grade → substitute gold → advantages → updates → log → evaluate → save.", argument_default=argparse.SUPPRESS, allow_abbrev=False,
-                                     epilog="Without --model and --data the defaults are the toy's: " + ", ".join(f"--{k.replace('_', '-')} {v}" for k, v in TOY.items() if v != ""))
+    """Config and Algorithm from the command line, and the flags that were given by hand. Raises
+    InputError for settings that cannot be."""
+    given = vars(flag_parser().parse_args(argv))
+    toy = "model" not in given and "data" not in given
+    if not toy and not ("model" in given and "data" in given):
+        missing = "data" if "model" in given else "model"
+        raise InputError(
+            f"--{missing} is missing: give --model and --data, or neither for the toy")
+    if toy and "eval_data" in given:
+        raise InputError(
+            "--eval-data needs --model and --data: the toy brings its own held-out problems")
+    settings = {name: value for name, value in given.items() if name not in SWITCHES}
+    switches = {name: value for name, value in given.items() if name in SWITCHES}
+    config = Config(**{**(TOY if toy else {}), **settings})
+    check(config)
+    try:
+        algorithm = replace(ALGORITHMS[config.algo], **switches)
+    except ValueError as e:
+        name, _, rest = str(e).partition("=")
+        rest = rest.replace("gold_old=one", "--gold-old one")
+        raise InputError(f"--{name.replace('_', '-')} {rest}") from None
+    if config.group_size == 1 and algorithm.train_on == "rollouts":
+        raise InputError("--group-size 1: a group of one has no contrast; use 2 or more")
+    return fit_together(config, algorithm, given), algorithm, given
+
+
+def flag_parser() -> argparse.ArgumentParser:
+    """One flag for each field of Config and each switch of Algorithm, under headings."""
+    toy = " ".join(f"--{k.replace('_', '-')} {v}" for k, v in TOY.items() if v != "")
+    parser = argparse.ArgumentParser(
+        description="Train a model by GCPO and its relatives.",
+        argument_default=argparse.SUPPRESS, allow_abbrev=False,
+        epilog=f"Without --model and --data the defaults are the toy's: {toy}")
 
     def fail(message):
         raise InputError(f"{message} (train.py --help lists the flags)")
+
     parser.error = fail
-
-    settings, switches = parser.add_argument_group("settings"), parser.add_argument_group("switches of the algorithm (default: the preset's)")
-
-    def optional(kind):
-        return lambda text: None if text.lower() == "none" else kind(text)
-
-    def add(group, spec):
-        name, default, choices = "--" + spec.name.replace("_", "-"), spec.default, spec.metadata["choices"]
-        text = spec.metadata["help"].replace("%", "%%")
-        if default is False:
-            return group.add_argument(name, action="store_true", help=text)
-        # Annotations are text here (from __future__ import annotations).
-        kind = {"int": int, "float": float, "str": str}.get(spec.type, optional(float))
-        group.add_argument(name, type=kind, choices=choices, metavar=None if choices else spec.type.split(" ")[0].upper(),
-                           help=text if group is switches or default is None else f"{text} (default {default})")
-
+    headings = {first: heading for heading, first in GROUPS.items()}
     for spec in fields(Config):
-        add(settings, spec)
+        if spec.name in headings:
+            group = parser.add_argument_group(headings[spec.name])
+        text = spec.metadata["help"]
+        if spec.default is not None and spec.default is not False:
+            text += f" (default {spec.default})"
+        add_flag(group, spec, text)
+    group = parser.add_argument_group("switches of the algorithm (default: the preset's)")
     for spec in fields(Algorithm):
         if spec.metadata:
-            add(switches, spec)
-    given = vars(parser.parse_args(argv))
+            add_flag(group, spec, spec.metadata["help"])
+    return parser
 
-    toy = "model" not in given and "data" not in given
-    if not toy and not ("model" in given and "data" in given):
-        raise InputError(f"--{'data' if 'model' in given else 'model'} is missing: give --model and --data, or neither for the toy")
-    if toy and "eval_data" in given:
-        raise InputError("--eval-data needs --model and --data: the toy brings its own held-out problems")
-    names = {f.name for f in fields(Config)}
-    config = Config(**{**(TOY if toy else {}), **{k: v for k, v in given.items() if k in names}})
-    check(config)
-    try:
-        algorithm = replace(ALGORITHMS[config.algo], **{k: v for k, v in given.items() if k not in names})
-    except ValueError as e:
-        name, _, rest = str(e).partition("=")
-        raise InputError(f"--{name.replace('_', '-')} {rest.replace('gold_old=one', '--gold-old one')}") from None
-    if algorithm.objective == "pairs":
-        if config.rows_per_pass != config.group_size and "rows_per_pass" in given:
-            print(f"note: with objective pairs a whole group is a pass: --rows-per-pass {config.group_size}", file=sys.stderr)
-        config = replace(config, rows_per_pass=config.group_size)   # a pair's loss needs both its rows, and no other group's
-    idle = [name for name in given if name not in names and name not in ("train_on", "sft_share", "aggregation")] if algorithm.train_on == "gold" else []
-    if idle:
-        print(f"note: trained on gold alone, a run does not look at {', '.join('--' + name.replace('_', '-') for name in idle)}", file=sys.stderr)
-    if config.group_size == 1 and algorithm.train_on == "rollouts":
-        raise InputError("--group-size 1: a group of one has no contrast; use 2 or more")
-    if config.updates > 1 and algorithm.level == "sequence" and max(algorithm.clip_low, algorithm.clip_high) < BF16_RATIO_NOISE:
-        if config.dtype == "auto":
-            config = replace(config, dtype="float32")  # rounding alone would clip nearly every sequence
-        elif config.dtype == "bfloat16":
-            print(f"warning: in bfloat16 a sequence ratio carries about {BF16_RATIO_NOISE} of rounding noise, more than the clip range; "
-                  "use --dtype float32 or wider --clip-low and --clip-high", file=sys.stderr)
-    return config, algorithm, given
+
+def add_flag(group, spec, text: str) -> None:
+    name = "--" + spec.name.replace("_", "-")
+    text = text.replace("%", "%%")
+    if spec.default is False:
+        group.add_argument(name, action="store_true", help=text)
+        return
+
+    def number_or_none(text):
+        return None if text.lower() == "none" else float(text)
+
+    # Annotations are text here (from __future__ import annotations).
+    kind = {"int": int, "float": float, "str": str}.get(spec.type, number_or_none)
+    choices = spec.metadata["choices"] or None
+    metavar = None if choices else spec.type.split(" ")[0].upper()
+    group.add_argument(name, type=kind, choices=choices, metavar=metavar, help=text)
+
+
+LEAST = dict(
+    steps=1, prompts=1, group_size=1, max_new_tokens=1, updates=1, lr=0, lr_end=0, warmup=0,
+    weight_decay=0, eval_every=0, eval_samples=1, eval_limit=0, save_every=0, keep=1,
+    max_bad_steps=1, threads=0, rows=0, rows_per_pass=1, seed=0)
 
 
 def check(config: Config) -> None:
-    least = dict(steps=1, prompts=1, group_size=1, max_new_tokens=1, updates=1, lr=0, lr_end=0, warmup=0, weight_decay=0, eval_every=0,
-                 eval_samples=1, eval_limit=0, save_every=0, keep=1, max_bad_steps=1, threads=0, rows=0, rows_per_pass=1, seed=0)
-    for name, low in least.items():
+    """Raises InputError for a number out of its range, and for an --out that is taken."""
+    for name, least in LEAST.items():
         value = getattr(config, name)
-        if not low <= value < math.inf:
-            raise InputError(f"--{name.replace('_', '-')} {value}: must be {low} or more, and finite")
+        if not least <= value < math.inf:
+            flag = name.replace("_", "-")
+            raise InputError(f"--{flag} {value}: must be {least} or more, and finite")
     for name in ("temperature", "max_grad_norm"):
-        if not 0 < getattr(config, name) < math.inf:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be above 0, and finite")
+        value = getattr(config, name)
+        if not 0 < value < math.inf:
+            raise InputError(f"--{name.replace('_', '-')} {value}: must be above 0, and finite")
     if not math.isfinite(config.correct_at):
         raise InputError(f"--correct-at {config.correct_at}: must be finite")
     if config.seed >= 2**63 or config.threads > 1024:
         raise InputError(f"--seed {config.seed} or --threads {config.threads}: too large")
     if config.updates > config.prompts:
-        raise InputError(f"--updates {config.updates}: each update needs a group, and there are --prompts {config.prompts}")
-    if config.out and not config.resume and os.path.exists(config.out) and (not os.path.isdir(config.out) or os.listdir(config.out)):
-        raise InputError(f"--out {config.out}: there is something already; name another folder, remove it, or add --resume to go on with it")
+        raise InputError(f"--updates {config.updates}: each update needs a group, and there are "
+                         f"--prompts {config.prompts}")
+    taken = config.out and os.path.exists(config.out)
+    empty = taken and os.path.isdir(config.out) and not os.listdir(config.out)
+    if taken and not empty and not config.resume:
+        raise InputError(f"--out {config.out}: there is something already; name another folder, "
+                         "remove it, or add --resume to go on with it")
+    if config.show and (config.resume or config.out):
+        raise InputError("--show: nothing is saved; leave out --out and --resume")
+
+
+def fit_together(config: Config, algorithm: Algorithm, given: dict) -> Config:
+    """Settings that follow from others, and a note where one given by hand does not act."""
+    if algorithm.objective == "pairs":    # a pair's loss needs both its rows, and no other group's
+        if config.rows_per_pass != config.group_size and "rows_per_pass" in given:
+            print("note: with objective pairs a whole group is a pass: "
+                  f"--rows-per-pass {config.group_size}", file=sys.stderr)
+        config = replace(config, rows_per_pass=config.group_size)
+    if algorithm.train_on == "gold":
+        acting = ("train_on", "sft_share", "aggregation")
+        idle = [name for name in given if name in SWITCHES and name not in acting]
+        if idle:
+            flags = ", ".join("--" + name.replace("_", "-") for name in idle)
+            print(f"note: trained on gold alone, a run does not look at {flags}", file=sys.stderr)
+    widest = max(algorithm.clip_low, algorithm.clip_high)
+    drowned = algorithm.level == "sequence" and widest < BF16_RATIO_NOISE
+    if config.updates > 1 and drowned:    # rounding alone would clip nearly every sequence
+        if config.dtype == "auto":
+            config = replace(config, dtype="float32")
+        elif config.dtype == "bfloat16":
+            print(f"warning: in bfloat16 a sequence ratio carries about {BF16_RATIO_NOISE} of "
+                  "rounding noise, more than the clip range; use --dtype float32 or wider "
+                  "--clip-low and --clip-high", file=sys.stderr)
+    return config
+
+
+def as_command(config: Config, given: dict) -> str:
+    """The run as one command, whatever chose its settings. Run again, it finds a new folder."""
+    words = ["python", "train.py"]
+    own = {f.name: getattr(config, f.name) for f in fields(Config)
+           if f.name not in ("out", "resume", "show")}
+    defaults = asdict(Config())
+    settings = {name: value for name, value in own.items()
+                if value != defaults[name] or name == "algo"}
+    settings |= {name: value for name, value in given.items() if name in SWITCHES}
+    for name, value in settings.items():
+        words.append("--" + name.replace("_", "-"))
+        if value is not True:
+            words.append(str(value))
+    return shlex.join(words)
+
+
+def load_reward(spec: str | None, correct_at: float = 1.0) -> Reward:
+    """The grader, or the user's own function (response, answer) -> float from FILE.py:function."""
+    if spec is None:
+        return Reward(correct_at=correct_at)
+    path, _, name = spec.rpartition(":")
+    if not path or not os.path.isfile(path):
+        raise InputError(f"--reward {spec}: expected FILE.py:function, and the file must exist")
+    function = getattr(import_file(path), name, None)
+    if not callable(function):
+        raise InputError(f"--reward {spec}: {path} has no function {name}")
+
+    def checked(response, answer):
+        try:
+            value = float(function(response, answer))
+        except Exception as e:
+            raise InputError(f"--reward {spec}: failed on response {response[:60]!r} "
+                             f"({one_line(e)})") from None
+        if not abs(value) <= torch.finfo(torch.float32).max:
+            raise InputError(f"--reward {spec}: returned {value} for response {response[:60]!r}; "
+                             "a reward must be finite")
+        return value
+
+    return Reward(checked, correct_at)
+
+
+def import_file(path: str) -> Callable:
+    """A module from the user's file."""
+    try:
+        spec = util.spec_from_file_location("user_reward", path)
+        module = util.module_from_spec(spec)
+        sys.modules["user_reward"] = module    # dataclasses look themselves up there
+        spec.loader.exec_module(module)
+        return module
+    except (Exception, SystemExit) as e:
+        raise InputError(f"--reward {path}: cannot be imported ({one_line(e)})") from None
+
+
+# --------------------------------------------------------------------------------------------------
+# Where a run lies
+
+def set_up_process(config: Config) -> torch.device:
+    """Meet the other processes, and choose this one's device and threads."""
+    own_device = parallel.join()
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    if config.shard and parallel.world() == 1:
+        raise InputError("--shard: there is one process; torchrun --nproc-per-node N train.py … "
+                         "starts N")
+    if own_device and config.device == "auto":
+        return pick_device(own_device)
+    return pick_device(config.device)
+
+
+def run_name(config: Config) -> str:
+    """The model's name: runs/NAME/model is NAME; without a model, toy."""
+    folder = os.path.abspath(config.model or "toy")
+    if os.path.basename(folder) == "model":
+        folder = os.path.dirname(folder)
+    return os.path.basename(folder)
+
+
+def place_run(config: Config, algorithm: Algorithm) -> Config:
+    """The config with `out` filled in, and with the toy's files if there is no model."""
+    stem = os.path.join("runs", f"{run_name(config)}-{algorithm.name}")
+    out = config.out or (latest_folder(stem) if config.resume else fresh_folder(stem))
+    out = parallel.from_first(out)
+    if config.resume and not os.path.isfile(os.path.join(out, "run.json")):
+        raise InputError(f"--resume: {out} holds no run (no run.json there); name the run with "
+                         "--out, or begin anew without --resume")
+    config = replace(config, out=out)
+    if config.model is None:
+        folder = os.path.join(out, "toy")
+        if parallel.rank() == 0 and not config.resume:
+            build_toy(folder, config.seed)
+        parallel.from_first(None)    # the others wait until it is there
+        config = replace(config, **toy_files(folder))
+    return config
 
 
 def fresh_folder(stem: str) -> str:
@@ -159,46 +346,41 @@ def fresh_folder(stem: str) -> str:
 
 def latest_folder(stem: str) -> str:
     """The newest run of this name, by its run.json."""
-    runs = [path for path in glob.glob(f"{glob.escape(stem)}*/run.json") if re.fullmatch(r"(-\d+)?", os.path.dirname(path)[len(stem):])]
-    return os.path.dirname(max(runs, key=os.path.getmtime)) if runs else stem
+    newest = stem
+    written = 0.0
+    for path in glob.glob(f"{glob.escape(stem)}*/run.json"):
+        folder = os.path.dirname(path)
+        if re.fullmatch(r"(-\d+)?", folder[len(stem):]) and os.path.getmtime(path) > written:
+            newest, written = folder, os.path.getmtime(path)
+    return newest
 
-# These may change on resuming. (Of model and data the content must stay, not the path; the kind of device must, not its number.)
-# Those that only say how things are computed may too, or a run without memory could not go on, but then not to the bit.
-HARMLESS = {"out", "resume", "show", "steps", "eval_every", "save_every", "keep", "max_bad_steps", "model", "data", "eval_data",
-            "device", "threads", "shard", "rows", "rows_per_pass", "gradient_checkpointing"}
+
+# --------------------------------------------------------------------------------------------------
+# What a resumed run must have in common with its beginning
+
+# These may change. Of model and data the content must stay, not the path; of the device its kind,
+# not its number. Those that only say how things are computed may change too, or a run that lacks
+# memory could not go on; then it does not go on to the bit.
+MAY_CHANGE = {
+    "out", "resume", "show", "steps", "eval_every", "save_every", "keep", "max_bad_steps",
+    "model", "data", "eval_data",
+    "device", "threads", "shard", "rows", "rows_per_pass", "gradient_checkpointing"}
 
 
-def record_of(config: Config, algorithm: Algorithm, device: torch.device, compute: Transformer) -> dict:
-    """What a resumed run must have in common with its beginning."""
-    settings = {"algorithm": asdict(algorithm), **{name: value for name, value in asdict(config).items() if name not in HARMLESS}}
-    settings |= {"steps": config.steps} if config.lr_end != 1 or algorithm.sft_share else {}  # the learning rate or the turn to RL depends on them
-    settings |= {"device": device.type, "dtype": str(compute.norm.weight.dtype)}
-    files = {"data": config.data, "eval_data": config.eval_data, "reward_file": config.reward and config.reward.rpartition(":")[0]}
-    files |= {f"model/{os.path.basename(path)}": path for path in weight_files(config.model)}
-    files |= {f"model/{name}": path for name in ("config.json", *TOKENIZER_FILES) if os.path.isfile(path := os.path.join(config.model, name))}
+def record_of(run) -> dict:
+    """The settings and file digests that a run must keep when it is resumed. run: a train.Run."""
+    config = run.config
+    settings = {"algorithm": asdict(run.algorithm)}
+    settings |= {k: v for k, v in asdict(config).items() if k not in MAY_CHANGE}
+    if config.lr_end != 1 or run.algorithm.sft_share:    # these depend on how long the run is
+        settings["steps"] = config.steps
+    settings |= {"device": run.master.device.type, "dtype": str(run.policy.dtype)}
+    reward_file = config.reward and config.reward.rpartition(":")[0]
+    files = {"data": config.data, "eval_data": config.eval_data, "reward_file": reward_file}
+    for path in weight_files(config.model):
+        files[f"model/{os.path.basename(path)}"] = path
+    for name in ("config.json", *TOKENIZER_FILES):
+        path = os.path.join(config.model, name)
+        if os.path.isfile(path):
+            files[f"model/{name}"] = path
     return settings | {name: path and sha256(path) for name, path in files.items()}
-
-
-def as_command(config: Config, given: dict) -> str:
-    """The run as one command, whatever chose its settings."""
-    settings = {f.name: getattr(config, f.name) for f in fields(Config)
-                if f.name not in ("out", "resume", "show") and (getattr(config, f.name) != f.default or f.name == "algo")}  # run again, it finds a folder of its own
-    settings |= {k: v for k, v in given.items() if k not in asdict(config)}
-    words = ["python", "train.py"]
-    for name, value in settings.items():
-        words += ["--" + name.replace("_", "-")] + ([] if value is True else [str(value)])
-    return shlex.join(words)
-
-
-def estimated_bytes(model: Transformer, compute: Transformer, algorithm: Algorithm, config: Config, longest_prompt: int) -> float:
-    """Weights, gradients, Adam's moments, the compute copy and the reference model, the start's values (for `bf16_changed`), the cache of the rows in
-    flight, one pass's activations, and the program itself. Activations count twice: allocators keep what was freed."""
-    c, size = model.config, compute.norm.weight.element_size()
-    n = sum(p.numel() for p in model.parameters())
-    rows = min(config.rows or rows_that_fit(compute, config.group_size, longest_prompt, config.max_new_tokens), config.prompts * config.group_size)
-    tokens = config.rows_per_pass * config.max_new_tokens + longest_prompt
-    per_layer = 8 * c.hidden_size + 4 * c.intermediate_size + 6 * c.num_attention_heads * c.head_dim
-    activations = 2 * tokens * c.num_hidden_layers * per_layer * size
-    copies = size * n * ((compute is not model) + algorithm.needs_reference)
-    cache = rows * config.max_new_tokens * cache_bytes_per_token(compute)
-    return 18 * n / (parallel.world() if config.shard else 1) + copies + cache + activations + 2**29

@@ -1,12 +1,14 @@
 """One process or many: torchrun --nproc-per-node N train.py …
 
-Every process samples its share of the step's problems, and adds up the gradient of its own groups. Denominators are those
-of the whole step, so gradients need only be summed: N processes take the step that one would. Without torchrun there is
-one process, and every function here does as if it were the only one.
+Every process samples its part of a step's problems and adds up the gradient of its own groups.
+Denominators are those of the whole step, so gradients need only be summed: N processes take the
+step that one would. Without torchrun there is one process, and every function here does as if it
+were the only one.
 
-Each process has all the weights, or, with --shard, an Nth of weights, gradients and moments (FSDP2: `fully_shard`, after
-ZeRO, arXiv 1910.02054). A block's weights are then put together for as long as it computes, in collectives that all
-processes must enter in the same order: one with fewer groups makes passes of weight zero.
+Each process has all the weights, or, with --shard, an Nth of weights, gradients and moments (FSDP2,
+after ZeRO, arXiv 1910.02054). A block's weights are then gathered for as long as it computes, in
+collectives that all processes must enter in the same order. So a process with fewer groups makes
+up for them with passes of weight zero.
 """
 from __future__ import annotations
 
@@ -22,38 +24,45 @@ from torch import Tensor
 from support.common import InputError
 
 
-BUCKET = 2**25  # gradient elements that travel together
+BUCKET = 2**25  # gradient elements that travel in one message
 
+
+# --------------------------------------------------------------------------------------------------
+# Who is there
 
 def join() -> str | None:
-    """Join the others, if torchrun started us. Returns this process's device, or None to choose as usual."""
+    """Meet the other processes, if torchrun started us. Returns this process's device, or None."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return None
     on_gpu = torch.cuda.is_available()
     device = f"cuda:{os.environ['LOCAL_RANK']}" if on_gpu else "cpu"
     if on_gpu:
         torch.cuda.set_device(device)
-    # Numbers and texts travel between CPUs, gradients between devices. Others may be sampling for long before they answer.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=datetime.timedelta(hours=2))
+    # Numbers and texts travel between CPUs, gradients between devices.
+    backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+    patience = datetime.timedelta(hours=2)    # others may be sampling for long
+    dist.init_process_group(backend, timeout=patience)
     return device
 
 
 def run_distributed(main) -> None:
-    """Run main(). Raises InputError where a collective fails: with NCCL and gloo alike, somebody is not there any more."""
+    """Run main(). Raises InputError if a collective fails: then another process has ended."""
     try:
         main()
     except RuntimeError as e:
         if world() == 1 or not (isinstance(e, dist.DistError) or "gloo" in str(e)):
             raise
-        raise InputError(f"process {rank()} lost touch with another, which has ended or was killed ({str(e).splitlines()[0][:100]}); "
-                         "what that one said stands nearby; --resume goes on from the last checkpoint") from None
+        reason = str(e).splitlines()[0][:100]
+        raise InputError(
+            f"process {rank()} lost touch with another, which has ended or was killed ({reason}); "
+            "see its own error message above; --resume goes on from the last checkpoint") from None
     finally:
         leave()
 
 
 def leave() -> None:
     if dist.is_initialized():
-        gc.collect()    # FSDP's cycles hold the group, whose threads must not outlive the interpreter
+        gc.collect()    # FSDP's cycles hold the group, whose threads must not outlive Python
         dist.destroy_process_group()
 
 
@@ -65,18 +74,22 @@ def world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+# --------------------------------------------------------------------------------------------------
+# Lists and numbers
+
 def my_part(xs: list) -> list:
-    """This process's part. Parts may differ by one in length, or be empty."""
+    """This process's part of a list. Parts may differ by one in length, or be empty."""
     return xs[rank()::world()]
 
 
 def interleave(parts: list[list]) -> list:
-    """The list whose `share`s these are."""
-    return [parts[i % len(parts)][i // len(parts)] for i in range(sum(map(len, parts)))]
+    """The list whose `my_part`s these are."""
+    total = sum(map(len, parts))
+    return [parts[i % len(parts)][i // len(parts)] for i in range(total)]
 
 
 def all_gather(value) -> list:
-    """What each process holds, in the order of ranks; plain data, sent as JSON: nothing that could be executed."""
+    """The values of all processes, in the order of ranks. Sent as JSON: nothing can be executed."""
     if world() == 1:
         return [value]
     data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
@@ -85,7 +98,8 @@ def all_gather(value) -> list:
     longest = int(max(sizes))
     parts = [torch.zeros(longest, dtype=torch.uint8) for _ in range(world())]
     dist.all_gather(parts, torch.nn.functional.pad(data, (0, longest - len(data))))
-    return [json.loads(bytes(part[:int(size)].tolist())) for part, size in zip(parts, sizes)]
+    texts = [bytes(part[:int(size)].tolist()) for part, size in zip(parts, sizes)]
+    return [json.loads(text) for text in texts]
 
 
 def all_sum(*numbers: int) -> list[int]:
@@ -93,9 +107,21 @@ def all_sum(*numbers: int) -> list[int]:
     return [sum(column) for column in zip(*all_gather(numbers))]
 
 
-def sum_gradients(model: torch.nn.Module) -> None:
-    """Gradients summed over the processes; one that had nothing to do counts as zeros. (Of shards they are already.)"""
-    if world() == 1 or is_sharded(model):
+def from_first(value):
+    """The first process's value, in every process; also a place where they wait for each other."""
+    return all_gather(value)[0]
+
+
+# --------------------------------------------------------------------------------------------------
+# Gradients
+
+def finish_backward(model: torch.nn.Module, passes: int) -> None:
+    """After this process's `passes` backward passes: gradients become sums over all processes."""
+    if world() == 1:
+        return
+    if is_sharded(model):    # FSDP has summed already, in collectives that all must enter
+        for _ in range(max(all_gather(passes)) - passes):
+            idle_pass(model)
         return
     parameters = list(model.parameters())
     for p in parameters:
@@ -104,33 +130,48 @@ def sum_gradients(model: torch.nn.Module) -> None:
     bucket = []
     for i, p in enumerate(parameters):
         bucket.append(p.grad)
-        if i + 1 == len(parameters) or sum(g.numel() for g in bucket) + parameters[i + 1].numel() > BUCKET:
-            flat = torch.cat([g.flatten() for g in bucket])
-            dist.all_reduce(flat)
-            for g, summed in zip(bucket, flat.split([g.numel() for g in bucket])):
-                g.copy_(summed.view_as(g))
+        last = i + 1 == len(parameters)
+        if last or sum(g.numel() for g in bucket) + parameters[i + 1].numel() > BUCKET:
+            sum_together(bucket)
             bucket = []
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def sum_together(gradients: list[Tensor]) -> None:
+    """Each tensor summed over the processes, in one message."""
+    flat = torch.cat([g.flatten() for g in gradients])
+    dist.all_reduce(flat)
+    for g, summed in zip(gradients, flat.split([g.numel() for g in gradients])):
+        g.copy_(summed.view_as(g))
+
+
+def idle_pass(model: torch.nn.Module) -> None:
+    """Forward and backward of weight zero."""
+    token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
+    (0 * model.logits(model(token)).sum()).backward()
+
+
+# --------------------------------------------------------------------------------------------------
 # Shards
 
 def shard(model: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-    """Leave this process an Nth of each parameter: `model`, on the meta device or not, computes in `dtype` from now on, and
-    its gradients arrive summed over the processes, in fp32."""
+    """Leave this process an Nth of each parameter. The model, on the meta device or not, computes
+    in `dtype` from now on; its gradients arrive summed over the processes, in fp32."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-    how = dict(mesh=init_device_mesh(device.type, (world(),)), mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32))
+    settings = dict(
+        mesh=init_device_mesh(device.type, (world(),)),
+        mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32))
     for block in model.layers:
-        fully_shard(block, **how)
-    # The output matrix is used after forward has returned (`score_responses`), so what is not a block's stays until backward.
-    fully_shard(model, reshard_after_forward=False, **how)
-    for module in (*model.layers, model):                                   # a sum, where FSDP would take the mean
-        if hasattr(module, "set_force_sum_reduction_for_comms"):            # gloo knows plain sums only
+        fully_shard(block, **settings)
+    # The output matrix is used after forward has returned, so the rest stays until backward.
+    fully_shard(model, reshard_after_forward=False, **settings)
+    for module in (*model.layers, model):    # a sum, where FSDP would take the mean
+        if hasattr(module, "set_force_sum_reduction_for_comms"):    # gloo knows plain sums only
             module.set_force_sum_reduction_for_comms(True)
             module.set_gradient_divide_factor(1.0)
         elif device.type == "cpu":
-            raise InputError(f"--shard: on CPUs it needs PyTorch 2.8 or newer, and this is {torch.__version__}")
+            raise InputError("--shard: on CPUs it needs PyTorch 2.8 or newer, and this is "
+                             f"{torch.__version__}")
         else:
             module.set_reduce_scatter_divide_factor(1.0)
 
@@ -140,8 +181,24 @@ def is_sharded(model: torch.nn.Module) -> bool:
 
 
 def gather_shards(x: Tensor) -> Tensor:
-    """All of a tensor, also where this process has a shard of it (parallel.py); all processes must ask."""
+    """All of a tensor, also if this process has a shard of it; then all processes must ask."""
     return x.full_tensor() if hasattr(x, "full_tensor") else x
+
+
+def gather_to_cpu(tensors: dict[str, Tensor], keep: bool = True) -> dict[str, Tensor]:
+    """Whole tensors for a file. Of shards, all processes must ask, though only one keeps any."""
+    kept = {}
+    for name, x in tensors.items():
+        x = gather_shards(x.detach())
+        if keep:
+            kept[name] = x.cpu().contiguous()
+    return kept
+
+
+def my_shard(p: Tensor) -> Tensor:
+    """A parameter without its gradient, or this process's shard of it."""
+    p = p.detach()
+    return p.to_local() if hasattr(p, "to_local") else p
 
 
 @torch.no_grad()
@@ -149,5 +206,6 @@ def copy_into(parameter: Tensor, tensor: Tensor) -> None:
     """Copy a whole tensor into a parameter, or this process's shard of it into its own."""
     if hasattr(parameter, "device_mesh"):
         from torch.distributed.tensor import distribute_tensor
-        tensor = distribute_tensor(tensor.to(parameter.device, parameter.dtype), parameter.device_mesh, parameter.placements)
+        tensor = tensor.to(parameter.device, parameter.dtype)
+        tensor = distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
     parameter.copy_(tensor)

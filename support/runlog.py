@@ -1,4 +1,7 @@
-"""What a run says: metrics, samples, run.json, the screen."""
+"""What a run says: the screen, run.json, and a line of metrics and a group of samples each step.
+
+`run` is a train.Run, an item a train.Item, `learned` a train.Learned.
+"""
 from __future__ import annotations
 
 import json
@@ -11,19 +14,271 @@ import subprocess
 import sys
 from collections import Counter
 from dataclasses import asdict
+from typing import NamedTuple
 
 import tokenizers
 import torch
 from tqdm import tqdm
 
-from data import Problem, Tokenizer
-from gcpo import Algorithm, Group
-from model import Transformer
+from gcpo import Group
 from support import parallel
-from support.checkpoint import cut_log
+from support.checkpoint import (
+    checkpoint_to_resume,
+    cut_log,
+    lock_folder,
+    newest_checkpoint,
+    refuse_changes,
+)
 from support.common import read_json, written_whole
 from support.folders import copy_tokenizer
-from support.options import Config, as_command, estimated_bytes
+from support.memory import estimated_bytes
+from support.options import as_command, record_of, run_name
+
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+# --------------------------------------------------------------------------------------------------
+# The beginning and the end
+
+def begin(run, given: dict) -> str | None:
+    """Say what the run is, on the screen and in run.json. Returns the checkpoint that it resumes.
+
+    `given` are the flags that were given by hand. Raises InputError if a setting has changed."""
+    out = run.config.out
+    first = parallel.rank() == 0
+    settings = parallel.from_first(record_of(run) if first else None)
+    checkpoint = None
+    if run.config.resume:
+        refuse_changes(out, settings)
+        checkpoint = checkpoint_to_resume(out)
+    os.makedirs(out, exist_ok=True)
+    if not first:
+        return checkpoint
+    warn(run)
+    lock_folder(out)
+    command = as_command(run.config, given)
+    announce(run, command)
+    if run.config.resume:
+        step = read_json(os.path.join(checkpoint, "state.json"))["step"] if checkpoint else -1
+        where = f"after step {step}" if checkpoint else "from its beginning: it has no checkpoint yet"
+        print(f"resuming {out} {where}")
+        for kind in ("metrics", "samples"):
+            path = os.path.join(out, f"{kind}.jsonl")
+            if os.path.exists(path):
+                cut_log(path, step)
+    else:
+        # The model folder may go while we run.
+        copy_tokenizer(run.config.model, os.path.join(out, "tokenizer"))
+        with written_whole(os.path.join(out, "run.json")) as f:
+            json.dump(run_record(run, settings, command), f, indent=2)
+    return checkpoint
+
+
+def warn(run) -> None:
+    """Warn if the run would not be what its name says."""
+    data, name = run.config.data, run.algorithm.name
+    if run.algorithm.gold_when != "never" and all(p.gold_ids is None for p in run.problems):
+        why = "--answer-only-gold makes gold of bare answers"
+        if run.gold_not_used:
+            why = f"none of its golds can be used, see the notes; first: {run.gold_not_used[0]}"
+        print(f"warning: no problem of {data} has gold, so this run is {name} without it; {why}",
+              file=sys.stderr)
+    shared = {str(p.question) for p in run.problems} & {str(p.question) for p in run.held_out}
+    if shared:
+        print(f"warning: {len(shared)} of the held-out questions are in {data} too, one is "
+              f"{min(shared)[:60]!r}", file=sys.stderr)
+
+
+def announce(run, command: str) -> None:
+    """The run as one command, its size, and the golds that cannot be used."""
+    master = run.master
+    parameters = sum(p.numel() for p in master.parameters())
+    with_gold = sum(p.gold_ids is not None for p in run.problems)
+    threads = f" ({torch.get_num_threads()} threads)" if run.master.device.type == "cpu" else ""
+    dtype = str(run.policy.dtype).removeprefix("torch.")
+    gib = estimated_bytes(run) / 2**30
+    print(command)
+    print(f"{run_name(run.config)}: {master.config.model_type}, {parameters / 1e6:.2f} M parameters, "
+          f"{run.master.device}{threads}, {dtype}, about {gib:.1f} GiB; {len(run.problems)} problems, "
+          f"{with_gold} with gold; {len(run.held_out)} held out")
+    complaints = run.gold_not_used
+    for line in complaints[:3]:
+        print(f"note: {line}; it trains without gold")
+    if len(complaints) > 3:
+        print(f"note: … and {len(complaints) - 3} more, {len(complaints)} in all")
+
+
+def run_record(run, settings: dict, command: str) -> dict:
+    """run.json."""
+    return {
+        "command": command,
+        "config": asdict(run.config),
+        "settings": settings,
+        "algorithm": asdict(run.algorithm),
+        "parameters": sum(p.numel() for p in run.master.parameters()),
+        "device": str(run.master.device),
+        "dtype": str(run.policy.dtype),
+        "threads": torch.get_num_threads(),
+        "problems": len(run.problems),
+        "with_gold": sum(p.gold_ids is not None for p in run.problems),
+        "gold_not_used": run.gold_not_used,
+        "held_out": len(run.held_out),
+        "git": git_commit(),
+        "processes": parallel.world(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "tokenizers": tokenizers.__version__,
+    }
+
+
+def git_commit() -> str | None:
+    """Of the code that runs, if it lies in a git repository."""
+    command = ["git", "-C", ROOT, "rev-parse", "HEAD"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+        return done.stdout.strip() or None
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def say_how_to_resume(out: str) -> None:
+    """The last words of a run that was stopped."""
+    if parallel.rank() > 0:
+        return
+    saved = newest_checkpoint(out)
+    model = f"the model so far is {saved}/model; " if saved else ""
+    print(f"\nstopped; {model}to go on: the same command with --resume --out {shlex.quote(out)}",
+          file=sys.stderr)
+
+
+def last_words(run, before: float | None, after: float | None) -> None:
+    """What came out, where it is, and what one might do next."""
+    if parallel.rank() > 0:
+        return
+    config = run.config
+    python = sys.orig_argv[0]  # as it was called: .venv/bin/python
+    model = os.path.join(config.out, "model")
+    if before is not None:
+        k = config.eval_samples
+        how = "greedy" if k == 1 else f"{k} samples each"
+        print(f"held-out accuracy ({len(run.held_out)} problems, {how}): before {before:.1%}, "
+              f"after {after:.1%}")
+    print(f"model    {model}")
+    print(f"metrics  {os.path.join(config.out, 'metrics.jsonl')}")
+    print(f"samples  {os.path.join(config.out, 'samples.jsonl')}")
+    print(f"plot     {shlex.join([python, 'plot.py', config.out])}")
+    if config.eval_data:
+        words = [python, "evaluate.py", "--model", model, "--data", config.eval_data]
+        words += ["--max-new-tokens", str(config.max_new_tokens)]
+        if config.instruction is not None:
+            words += ["--instruction", config.instruction]
+        if config.answer_format == "boxed":
+            words += ["--answer-format", "boxed"]
+        if config.reward:
+            words += ["--reward", config.reward, "--correct-at", str(config.correct_at)]
+        print(f"evaluate {shlex.join(words)}")
+    if config.model == os.path.join(config.out, "toy", "model"):
+        other, how = ("grpo", "without") if run.algorithm.name != "grpo" else ("gcpo", "with")
+        print(f"next     {python} train.py --algo {other}   the same weights and budget, {how} gold")
+        print(f"         {python} train.py --model DIR --data FILE   your own model and problems")
+
+
+# --------------------------------------------------------------------------------------------------
+# While it runs
+
+def open_log(out: str):
+    """log(kind, record) adds a line to OUT/metrics.jsonl or samples.jsonl, and returns once it is
+    on the disk. The first process writes."""
+    if parallel.rank() > 0:
+        return lambda kind, record: None
+    files = {}
+    for kind in ("metrics", "samples"):
+        files[kind] = open(os.path.join(out, f"{kind}.jsonl"), "a", encoding="utf-8")
+
+    def log(kind, record):
+        finite = {}
+        for name, value in record.items():    # JSON knows no NaN
+            is_nan = isinstance(value, float) and not math.isfinite(value)
+            finite[name] = None if is_nan else value
+        files[kind].write(json.dumps(finite, ensure_ascii=False) + "\n")
+        files[kind].flush()
+        os.fsync(files[kind].fileno())
+
+    return log
+
+
+def heed_signals():
+    """From now on the first SIGINT or SIGTERM asks to stop, and stopping(), which is returned,
+    says so. A second one stops at once."""
+    asked = []
+
+    def ask(*_):
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(True)
+        if parallel.rank() == 0:
+            tqdm.write("stopping after this step (once more: at once, back to the last checkpoint)",
+                       file=sys.stderr)
+
+    signal.signal(signal.SIGINT, ask)
+    signal.signal(signal.SIGTERM, ask)
+    return lambda: bool(asked)
+
+
+def progress_bar(run, done: int):
+    """The steps from `done` on, with a bar."""
+    steps = run.config.steps
+    # Redraw a bar that goes into a file every 30 seconds only.
+    pace = {} if sys.stderr.isatty() else {"mininterval": 30}
+    return tqdm(
+        range(done, steps), desc=run.algorithm.name, unit="step", initial=done, total=steps,
+        dynamic_ncols=True, disable=parallel.rank() > 0, **pace)
+
+
+def show_on(bar, metrics: dict) -> None:
+    words = [f"gold {metrics['gold/share']:.2f}", f"{metrics['time/tokens_per_second']:.0f} tokens/s"]
+    if "reward/mean" in metrics:
+        words.insert(0, f"reward {metrics['reward/mean']:.3f}")
+    bar.set_postfix_str(", ".join(words))
+
+
+# --------------------------------------------------------------------------------------------------
+# Metrics (docs/metrics.md explains each)
+
+class StepReport(NamedTuple):
+    """A step, over all processes."""
+    metrics: dict
+    sample: dict      # the line of samples.jsonl
+    tokens: int       # sampled, or trained on where none were
+    stop: bool        # whether a process was asked to stop
+
+
+def gather_step(run, step: int, rollouts: list[Group], items: list, learned, stopping: bool):
+    """A StepReport of what this and the other processes did."""
+    sample = sample_record(step, items, run.tokenizer)
+    bad = None
+    if any(is_bad(norm) for norm in learned.norms):
+        suspect = learned.suspect or next((i for i in items if i.has_contrast), None)
+        if suspect:
+            bad = sample_record(step, [suspect], run.tokenizer) | {"gradient": "not finite"}
+    tokens = sum(int(g.lengths.sum()) for g in rollouts or [i.group for i in items])
+    mine = [rollout_numbers(rollouts, items), learned.sums, tokens, bad, stopping]
+    all_numbers, all_sums, all_tokens, all_bad, all_stopping = zip(*parallel.all_gather(mine))
+    numbers = {name: [x for part in all_numbers for x in part[name]] for name in all_numbers[0]}
+    sums = Counter()
+    for part in all_sums:
+        sums.update(part)
+    return StepReport(
+        metrics={"step": step, **rollout_metrics(numbers), **update_metrics(sums, learned.norms)},
+        sample=next((record for record in all_bad if record), sample),
+        tokens=sum(all_tokens),
+        stop=any(all_stopping))
+
+
+def is_bad(norm: float | None) -> bool:
+    """Whether an update found a gradient that was not finite (None: it found no contrast)."""
+    return norm is not None and not math.isfinite(norm)
 
 
 def mean(values) -> float:
@@ -31,178 +286,95 @@ def mean(values) -> float:
     return sum(values) / len(values) if values else math.nan
 
 
-def gather_step(step: int, rollouts: list[Group], items: list, sums: Counter, norms: list[float | None], bad,
-                 tokenizer: Tokenizer, stopping: bool) -> tuple[dict, int, dict | None, bool]:
-    """Of a step, over all processes: its metrics; how many tokens were sampled, or trained on where none were; the record of a group without
-    finite gradient, one it was traced to if there is any; whether a process was asked to stop."""
-    suspect = bad or next((i for i in items if i.has_contrast), None) if any(n is not None and not math.isfinite(n) for n in norms) else None
-    record = suspect and sample_record(step, [suspect], tokenizer) | {"gradient": "not finite", "traced_to_this_group": bad is not None}
-    tokens = sum(int(g.lengths.sum()) for g in rollouts or [i.group for i in items])
-    numbers, all_sums, all_tokens, records, stops = zip(*parallel.all_gather([rollout_numbers(rollouts, items), sums, tokens, record, stopping]))
-    sums = Counter()
-    for part in all_sums:
-        sums.update(part)
-    metrics = {"step": step, **rollout_metrics({name: [x for part in numbers for x in part[name]] for name in numbers[0]}), **update_metrics(sums, norms)}
-    return metrics, sum(all_tokens), max((r for r in records if r), key=lambda r: r["traced_to_this_group"], default=None), any(stops)
-
-
 def rollout_numbers(rollouts: list[Group], items: list) -> dict[str, list[float]]:
-    """One number per group, of the rollouts as sampled, before any gold took a place; and whether it did."""
-    of = lambda f, groups: [float(f(g)) for g in groups]
-    return {"gold": of(lambda i: i.group.is_gold.any(), items), "reward": of(lambda g: g.rewards.mean(), rollouts),
-            "right": of(lambda g: g.correct.float().mean(), rollouts), "length": of(lambda g: g.lengths.float().mean(), rollouts), "cut": of(lambda g: 1 - g.finished.float().mean(), rollouts)}
+    """A number per group: of the rollouts as sampled, before any gold, and whether gold came."""
+    return {
+        "gold": [float(i.group.is_gold.any()) for i in items],
+        "reward": [float(g.rewards.mean()) for g in rollouts],
+        "right": [float(g.correct.float().mean()) for g in rollouts],
+        "length": [float(g.lengths.float().mean()) for g in rollouts],
+        "cut": [float(1 - g.finished.float().mean()) for g in rollouts],
+    }
 
 
 def rollout_metrics(numbers: dict[str, list[float]]) -> dict:
-    metrics, right = {"gold/share": mean(numbers["gold"])}, numbers["right"]
+    right = numbers["right"]
+    metrics = {"gold/share": mean(numbers["gold"])}
     if right:
-        metrics |= {"groups/sampled": len(right), "reward/mean": mean(numbers["reward"]), "reward/correct": mean(right), "groups/all_wrong": mean(r == 0 for r in right),
-                    "groups/mixed": mean(0 < r < 1 for r in right), "groups/all_right": mean(r == 1 for r in right),
-                    "length/mean": mean(numbers["length"]), "length/truncated": mean(numbers["cut"])}
+        metrics |= {
+            "groups/sampled": len(right),
+            "reward/mean": mean(numbers["reward"]),
+            "reward/correct": mean(right),
+            "groups/all_wrong": mean(r == 0 for r in right),
+            "groups/mixed": mean(0 < r < 1 for r in right),
+            "groups/all_right": mean(r == 1 for r in right),
+            "length/mean": mean(numbers["length"]),
+            "length/truncated": mean(numbers["cut"]),
+        }
     return metrics
 
 
 def update_metrics(sums: Counter, norms: list[float | None]) -> dict:
-    """Sums over the step's tokens become means: of the policy's own tokens, and of the gold's apart from them."""
-    over = lambda name, count: sums[name] / sums[count] if sums[count] else math.nan
+    """Sums over tokens become means: over the policy's own tokens, and over gold's."""
+    def per_token(name, tokens):
+        return sums[name] / sums[tokens] if sums[tokens] else math.nan
+
     return {
-        "update/loss": sums["loss"] / len(norms), "update/grad_norm": mean(n for n in norms if n is not None),
-        "update/skipped": mean(n is None for n in norms), "update/not_finite": mean(n is not None and not math.isfinite(n) for n in norms),
-        "policy/ratio": over("policy_ratio", "policy_tokens"), "policy/clip_fraction": over("policy_clipped", "policy_tokens"),
-        "policy/approx_kl": over("approx_kl", "policy_tokens"), "policy/entropy": over("entropy", "policy_tokens"),
-        "policy/ref_kl": over("ref_kl", "policy_tokens") if "ref_kl" in sums else math.nan, "sampler/mismatch": over("mismatch", "policy_tokens"),
-        "gold/logprob": over("gold_logprob", "gold_tokens"), "gold/ratio": over("gold_ratio", "gold_tokens"),
-        "gold/clip_fraction": over("gold_clipped", "gold_tokens")}
+        "update/loss": sums["loss"] / len(norms),
+        "update/grad_norm": mean(n for n in norms if n is not None),
+        "update/skipped": mean(n is None for n in norms),
+        "update/not_finite": mean(is_bad(n) for n in norms),
+        "policy/ratio": per_token("policy_ratio", "policy_tokens"),
+        "policy/clip_fraction": per_token("policy_clipped", "policy_tokens"),
+        "policy/approx_kl": per_token("approx_kl", "policy_tokens"),
+        "policy/entropy": per_token("entropy", "policy_tokens"),
+        "policy/ref_kl": per_token("ref_kl", "policy_tokens") if "ref_kl" in sums else math.nan,
+        "sampler/mismatch": per_token("mismatch", "policy_tokens"),
+        "gold/logprob": per_token("gold_logprob", "gold_tokens"),
+        "gold/ratio": per_token("gold_ratio", "gold_tokens"),
+        "gold/clip_fraction": per_token("gold_clipped", "gold_tokens"),
+    }
 
 
-def git_commit() -> str | None:
-    """Of the code that runs, if it lies in a git repository."""
-    try:
-        done = subprocess.run(["git", "-C", os.path.dirname(os.path.abspath(__file__)), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
-        return done.stdout.strip() or None
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def peak_bytes(device: torch.device) -> float:
-    """Most memory in use so far: what PyTorch has allocated on a GPU, else this process's resident memory."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-    except ImportError:  # not on Windows
-        return math.nan
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def bf16_changed(model: Transformer, start: list[torch.Tensor]) -> float:
-    """Share of weights whose value in bf16 differs from the start's: only these can change a bf16 forward pass."""
-    changed, size = sum(int((local(p).to(torch.bfloat16) != s).sum()) for p, s in zip(model.parameters(), start)), sum(s.numel() for s in start)
-    if parallel.is_sharded(model):
-        changed, size = parallel.all_sum(changed, size)
-    return changed / size
-
-
-def local(p: torch.Tensor) -> torch.Tensor:
-    """A parameter without its gradient, or this process's shard of it."""
-    return p.detach().to_local() if hasattr(p, "to_local") else p.detach()
-
-
-def sample_record(step: int, items: list, tokenizer: Tokenizer) -> dict:
+def sample_record(step: int, items: list, tokenizer) -> dict:
     """One whole group of the step as text: the first that got gold, else the first."""
     if not items:
         return {"step": step}
     item = next((i for i in items if i.group.is_gold.any()), items[0])
-    g, columns = item.group, ("rewards", "correct", "is_gold", "finished", "lengths")
-    rows = [{"text": tokenizer.decode(ids[:n]), "advantage": a} | {c: v for c, v in zip(columns, values)} for ids, n, a, *values in
-            zip(g.responses, g.lengths.tolist(), item.advantages.tolist(), *(getattr(g, c).tolist() for c in columns))]
-    return {"step": step, "source": item.problem.source, "question": item.problem.question, "reference": item.problem.answer, "responses": rows}
+    group = item.group
+    lengths = group.lengths.tolist()
+    rows = []
+    for row, n in enumerate(lengths):
+        rows.append({
+            "text": tokenizer.decode(group.responses[row, :n]),
+            "advantage": item.advantages[row].item(),
+            "rewards": group.rewards[row].item(),
+            "correct": group.correct[row].item(),
+            "is_gold": group.is_gold[row].item(),
+            "finished": group.finished[row].item(),
+            "lengths": n,
+        })
+    problem = item.problem
+    return {"step": step, "source": problem.source, "question": problem.question,
+            "reference": problem.answer, "responses": rows}
 
 
-def announce(config: Config, algorithm: Algorithm, given: dict, settings: dict, name: str, device, model, compute, problems, held_out, complaints, checkpoint):
-    """What the run is, on the screen and in run.json; and logs cut back to where it goes on."""
-    with_gold = sum(p.gold_ids is not None for p in problems)
-    print(as_command(config, given))
-    n = sum(p.numel() for p in model.parameters())
-    memory = estimated_bytes(model, compute, algorithm, config, max(len(p.prompt) for p in problems))
-    print(f"{name}: {model.config.model_type}, {n / 1e6:.2f} M parameters, {device}" + (f" ({torch.get_num_threads()} threads)" if device.type == "cpu" else "")
-          + f", {str(compute.norm.weight.dtype).removeprefix('torch.')}, about {memory / 2**30:.1f} GiB; "
-          + f"{len(problems)} problems, {with_gold} with gold; {len(held_out)} held out")
-    for line in complaints[:3]:
-        print(f"note: {line}; it trains without gold")
-    if len(complaints) > 3:
-        print(f"note: … and {len(complaints) - 3} more, {len(complaints)} in all")
+class Bf16Change:
+    """How much of the weights a bf16 forward pass can see: the share whose bf16 value is not the
+    start's. Keeps 2 bytes a parameter."""
+    def __init__(self, master: torch.nn.Module):
+        self.master = master
+        self.start = [self.rounded(p) for p in master.parameters()]
 
-    if config.resume:
-        step = read_json(os.path.join(checkpoint, "state.json"))["step"] if checkpoint else -1
-        print(f"resuming {config.out} " + (f"after step {step}" if checkpoint else "from its beginning: it has no checkpoint yet"))
-        for kind in ("metrics", "samples"):
-            if os.path.exists(os.path.join(config.out, f"{kind}.jsonl")):
-                cut_log(os.path.join(config.out, f"{kind}.jsonl"), step)
-    else:
-        copy_tokenizer(config.model, os.path.join(config.out, "tokenizer"))  # the model folder may go while we run
-        with written_whole(os.path.join(config.out, "run.json")) as f:
-            json.dump({"command": as_command(config, given), "config": asdict(config), "settings": settings, "algorithm": asdict(algorithm), "parameters": n,
-                       "device": str(device), "dtype": str(compute.norm.weight.dtype), "threads": torch.get_num_threads(), "problems": len(problems),
-                       "with_gold": with_gold, "gold_not_used": complaints, "held_out": len(held_out), "git": git_commit(), "processes": parallel.world(),
-                       "python": platform.python_version(), "torch": torch.__version__, "tokenizers": tokenizers.__version__}, f, indent=2)
+    @staticmethod
+    def rounded(p) -> torch.Tensor:
+        return parallel.my_shard(p).to(torch.bfloat16, copy=True)
 
-
-def warn(config: Config, algorithm: Algorithm, problems: list[Problem], held_out: list[Problem], complaints: list[str]) -> None:
-    """Of what would make a run's curve mean something else than its name says."""
-    if algorithm.gold_when != "never" and all(p.gold_ids is None for p in problems):
-        why = f"none of its golds can be used, see the notes; first: {complaints[0]}" if complaints else "--answer-only-gold makes gold of bare answers"
-        print(f"warning: no problem of {config.data} has gold, so this run is {algorithm.name} without it; {why}", file=sys.stderr)
-    if shared := {str(p.question) for p in problems} & {str(p.question) for p in held_out}:
-        print(f"warning: {len(shared)} of the held-out questions stand in {config.data} too, one is {min(shared)[:60]!r}", file=sys.stderr)
-
-
-def logger(out: str):
-    """log(kind, record) adds a line to OUT/metrics.jsonl or samples.jsonl, and returns once it is on the disk. One process writes."""
-    if parallel.rank() > 0:
-        return lambda kind, record: None
-    files = {kind: open(os.path.join(out, f"{kind}.jsonl"), "a", encoding="utf-8") for kind in ("metrics", "samples")}
-
-    def log(kind, record):
-        record = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}  # JSON knows no NaN
-        files[kind].write(json.dumps(record, ensure_ascii=False) + "\n")
-        files[kind].flush()
-        os.fsync(files[kind].fileno())
-    return log
-
-
-def heed_signals():
-    """From now on the first SIGINT or SIGTERM asks to stop, which the returned function tells; a second one stops at once."""
-    asked = []
-
-    def stop(*_):
-        if asked:
-            raise KeyboardInterrupt
-        asked.append(True)
-        if parallel.rank() == 0:
-            tqdm.write("stopping after this step (once more: at once, back to the last checkpoint)", file=sys.stderr)
-    signal.signal(signal.SIGINT, stop)
-    signal.signal(signal.SIGTERM, stop)
-    return lambda: bool(asked)
-
-
-def last_words(config: Config, algorithm: Algorithm, before: float | None, after: float | None, held_out: int, toy: bool) -> None:
-    """What came out, where it is, and what one might do next."""
-    model_folder = os.path.join(config.out, "model")
-    if before is not None:
-        k = config.eval_samples
-        print(f"held-out accuracy ({held_out} problems, {'greedy' if k == 1 else f'{k} samples each'}): "
-              f"before {before:.1%}, after {after:.1%}")
-    python = sys.orig_argv[0]  # as it was called: .venv/bin/python
-    print(f"model    {model_folder}\nmetrics  {os.path.join(config.out, 'metrics.jsonl')}\nsamples  {os.path.join(config.out, 'samples.jsonl')}")
-    print(f"plot     {shlex.join([python, 'plot.py', config.out])}")
-    if config.eval_data:
-        evaluate_it = [python, "evaluate.py", "--model", model_folder, "--data", config.eval_data, "--max-new-tokens", str(config.max_new_tokens)]
-        evaluate_it += ["--instruction", config.instruction] if config.instruction is not None else []
-        evaluate_it += ["--answer-format", "boxed"] if config.answer_format == "boxed" else []
-        evaluate_it += ["--reward", config.reward, "--correct-at", str(config.correct_at)] if config.reward else []
-        print(f"evaluate {shlex.join(evaluate_it)}")
-    if toy:
-        other = "grpo" if algorithm.name != "grpo" else "gcpo"
-        print(f"next     {python} train.py --algo {other}   the same weights and budget, {'without' if other == 'grpo' else 'with'} gold\n"
-              f"         {python} train.py --model DIR --data FILE   your own model and problems")
+    def share(self) -> float:
+        changed = 0
+        for p, start in zip(self.master.parameters(), self.start):
+            changed += int((self.rounded(p) != start).sum())
+        size = sum(s.numel() for s in self.start)
+        if parallel.is_sharded(self.master):
+            changed, size = parallel.all_sum(changed, size)
+        return changed / size

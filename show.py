@@ -1,0 +1,106 @@
+"""One group before your eyes: what the algorithm makes of it, and what one step on it does.
+
+    python show.py                               on the toy
+    python show.py --model DIR --data FILE       on your model, with any of train.py's flags
+
+Samples one group, prints each row with its reward, advantage, ratio and log-probability, takes one
+step on it, and prints what that changed. Nothing is saved.
+"""
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from dataclasses import replace
+
+import torch
+
+from gcpo import Group, importance_ratio
+from support import parallel
+from support.checkpoint import State
+from support.common import InputError, exit_cleanly
+from support.cpu import keep_freed_memory
+from support.options import parse_flags, place_run, set_up_process
+from train import Item, Run, collect, load_run, score, update
+
+
+def main():
+    keep_freed_memory()
+    config, algorithm, _ = parse_flags()
+    if config.out or config.resume:
+        raise InputError("show.py saves nothing; leave out --out and --resume")
+    device = set_up_process(config)
+    if parallel.world() > 1:
+        raise InputError("show.py: one process, not torchrun")
+    with tempfile.TemporaryDirectory() as folder:    # for the toy's files
+        config = replace(config, out=os.path.join(folder, "run"), prompts=1, updates=1)
+        run = load_run(place_run(config, algorithm), algorithm, device)
+    show(run)
+
+
+def show(run: Run) -> None:
+    """Print one group, take one step on it, and print what that did."""
+    run.problems = [p for p in run.problems if p.gold_ids is not None] or run.problems
+    item = collect(run, 0, State())[1][0]
+    before = score(run.policy, [item], run.config)[0]    # (G, T)
+    item.old_logprobs = before
+    if run.algorithm.needs_reference:    # the model as it starts is its own reference
+        item.ref_logprobs = before
+    sums, norm = update(run, [item])
+    after = score(run.policy, [item], run.config)[0]     # (G, T)
+
+    print()
+    print(f"question   {item.problem.question}")
+    print(f"reference  {item.problem.answer}")
+    print(f"prompt     {len(item.group.prompt)} tokens, not part of the loss")
+    print_table(run, item, before, after)
+    if norm is None:
+        print("\nno contrast: every advantage is 0, and there is no step")
+    else:
+        print(f"\nloss {sums['loss']:.4f} ({why(run)}), gradient norm {norm:.3g}, learning rate "
+              f"{run.config.lr:g} (in training it is warmed up to)")
+    print_responses(run, item.group)
+
+
+def print_table(run: Run, item: Item, before: torch.Tensor, after: torch.Tensor) -> None:
+    """A line for each row: its reward and advantage, and its numbers before and after the step."""
+    group, mask = item.group, item.group.mask
+
+    def row_mean(x):    # (G, T) -> G numbers
+        return (torch.where(mask, x, 0.0).sum(1) / group.lengths).tolist()
+
+    def ratio(logprobs):
+        return row_mean(importance_ratio(logprobs, before, mask, group.is_gold, run.algorithm))
+
+    print(f"\n{'':18}{'before the step':>44}{'after it':>20}")
+    print(f"{'row':>4}{'':6}{'tokens':>8}{'reward':>9}{'advantage':>11}"
+          + f"{'log p/token':>13}{'ratio':>9}" * 2)
+    numbers = (row_mean(before), ratio(before), row_mean(after), ratio(after))
+    for row, (p0, r0, p1, r1) in enumerate(zip(*numbers)):
+        gold = "  gold" if group.is_gold[row] else ""
+        print(f"{row:4}{gold:6}{group.lengths[row].item():8}{group.rewards[row].item():9.3g}"
+              f"{item.advantages[row].item():11.4f}{p0:13.4f}{r0:9.4f}{p1:13.4f}{r1:9.4f}")
+
+
+def why(run: Run) -> str:
+    """Why the loss is what it is at ratio 1."""
+    if run.algorithm.train_on == "gold":
+        return "−1 by construction, ratio times advantage"
+    if run.algorithm.objective == "pairs":
+        return "log 2 where a model is its own reference"
+    return "about 0 for a mean over rows, as ratios are 1 and advantages add up to 0"
+
+
+def print_responses(run: Run, group: Group) -> None:
+    print("\nresponses, token by token; · is padding, which the mask leaves out (the end token counts)")
+    for row, (ids, kept) in enumerate(zip(group.responses, group.mask)):
+        words = []
+        for token in ids[kept].tolist():
+            text = run.tokenizer.backend.decode([token], skip_special_tokens=False)
+            words.append(json.dumps(text, ensure_ascii=False)[1:-1])
+        gold = " gold" if group.is_gold[row] else ""
+        print(f"{row:4}{gold}  {'|'.join(words)}{'·' * int((~kept).sum())}")
+
+
+if __name__ == "__main__":
+    exit_cleanly(main)

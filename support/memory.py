@@ -1,0 +1,85 @@
+"""What fits into memory: sizes of caches, rows in flight, and what a run will need."""
+from __future__ import annotations
+
+import math
+import sys
+from typing import NamedTuple
+
+import torch
+
+from support import parallel
+
+
+CPU_CACHE_BYTES = 4 * 2**30  # a fixed budget: the same command always makes the same batches
+
+
+class Rounding(NamedTuple):
+    """Sizes are rounded up to multiples of these. A GPU records a step for each size it meets."""
+    columns: int    # of the sampler's caches
+    rows: int
+    seats: int
+
+
+def rounding_on(device: torch.device) -> Rounding:
+    return Rounding(128, 32, 8) if device.type == "cuda" else Rounding(32, 1, 1)
+
+
+def round_up(n: int, unit: int) -> int:
+    return -(-n // unit) * unit
+
+
+def cache_bytes_per_token(model) -> int:
+    """Keys and values of one token in all layers."""
+    c = model.config
+    return 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * model.dtype.itemsize
+
+
+def rows_that_fit(model, group_size: int, longest_prompt: int, max_new_tokens: int) -> int:
+    """How many rows to sample at a time so that their caches fit into memory: at most 256."""
+    device = model.device
+    columns = rounding_on(device).columns
+    own = round_up(max_new_tokens, columns)
+    prompt = 2 * round_up(longest_prompt, columns) / group_size    # a row's part of two seats
+    numbers = 20 * max_new_tokens              # id 8, logprob 4, uniform 8
+    logits = 28 * model.config.vocab_size      # logits, probabilities and blocks, fp32 and fp64
+    row = cache_bytes_per_token(model) * (own + prompt) + numbers + logits
+    budget = CPU_CACHE_BYTES
+    if device.type == "cuda":    # what the device has free, and what PyTorch holds unused
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        budget = 0.6 * (torch.cuda.mem_get_info(device)[0] + unused)
+    return max(group_size, min(256, int(budget / row)))
+
+
+def estimated_bytes(run) -> float:
+    """What a train.Run will need at most: fp32 weights, gradients and AdamW's moments, the start's
+    bf16 values (for `update/bf16_changed`), the policy and the reference model, the cache of the
+    rows in flight, one pass's activations, and the program itself."""
+    config, c = run.config, run.master.config
+    n = sum(p.numel() for p in run.master.parameters())
+    size = run.policy.dtype.itemsize
+    longest_prompt = max(len(p.prompt) for p in run.problems)
+    rows = config.rows
+    if not rows:
+        rows = rows_that_fit(run.policy, config.group_size, longest_prompt, config.max_new_tokens)
+    rows = min(rows, config.prompts * config.group_size)
+    cache = rows * config.max_new_tokens * cache_bytes_per_token(run.policy)
+    tokens = config.rows_per_pass * config.max_new_tokens + longest_prompt
+    heads = c.num_attention_heads * c.head_dim
+    per_token = 8 * c.hidden_size + 4 * c.intermediate_size + 6 * heads
+    # Twice, because allocators keep what was freed.
+    activations = 2 * tokens * c.num_hidden_layers * per_token * size
+    copies = size * n * ((run.policy is not run.master) + run.algorithm.needs_reference)
+    masters = 18 * n / (parallel.world() if config.shard else 1)
+    return masters + copies + cache + activations + 2**29
+
+
+def peak_bytes(device: torch.device) -> float:
+    """Most memory in use so far: PyTorch's on a GPU, else this process's resident memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return math.nan
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

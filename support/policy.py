@@ -1,0 +1,46 @@
+"""Two precisions: fp32 masters, which AdamW steps, and the policy, which samples and scores.
+
+Where bf16 products are faster, the policy is a bf16 copy of the master. Its gradients are added up
+in fp32 on the master, and it is refreshed after every step of the optimizer.
+"""
+from __future__ import annotations
+
+import torch
+
+from model import Transformer
+from support import parallel
+
+
+def make_policy(master: Transformer, dtype: torch.dtype) -> Transformer:
+    """The master itself in fp32, else a copy in `dtype` whose gradients arrive at the master.
+
+    A gradient is moved as soon as backward has completed it, so that those of many groups add up in
+    fp32. (A sharded master has a whole copy in any dtype; gradients are then the master's own.)"""
+    if dtype == torch.float32 and not parallel.is_sharded(master):
+        return master
+    with torch.device("meta"):
+        policy = Transformer(master.config)
+    policy = policy.to(dtype).to_empty(device=master.device)
+    for p, master_p in zip(policy.parameters(), master.parameters()):
+        p.register_post_accumulate_grad_hook(move_gradient_to(master_p))
+    refresh_policy(policy, master)
+    return policy
+
+
+def move_gradient_to(master_p: torch.nn.Parameter):
+    def move(p):
+        if master_p.grad is None:
+            master_p.grad = p.grad.float()
+        else:
+            master_p.grad.add_(p.grad)
+        p.grad = None
+    return move
+
+
+@torch.no_grad()
+def refresh_policy(policy: Transformer, master: Transformer) -> None:
+    """The master's weights, rounded to the policy's dtype."""
+    if policy is master:
+        return
+    for p, master_p in zip(policy.parameters(), master.parameters()):
+        p.copy_(parallel.gather_shards(master_p.to(p.dtype)))

@@ -1,0 +1,130 @@
+"""What happens after each step's updates: metrics, evaluation, log, checkpoint, an end if need be.
+
+Also where a run begins: at its first step, or after a checkpoint.
+"""
+from __future__ import annotations
+
+import os
+import time
+
+from evaluate import evaluate_held_out
+from model import save_model
+from support import parallel, runlog
+from support.checkpoint import State, load_checkpoint, save_checkpoint
+from support.common import InputError
+from support.cpu import give_back_freed_memory
+from support.memory import peak_bytes
+from support.options import learning_rate
+from support.policy import refresh_policy
+
+
+class Record:
+    """The steps of a run, and what is kept of them. Methods are called once a step, in this order.
+
+    run: a train.Run. log(kind, record) writes a line of metrics.jsonl or samples.jsonl. stopping()
+    says whether somebody has asked to stop. `state` is where the run stands."""
+    def __init__(self, run, log, checkpoint: str | None, stopping):
+        self.run = run
+        self.log = log
+        self.stopping = stopping
+        self.tokenizer_files = os.path.join(run.config.out, "tokenizer")
+        self.bf16_change = runlog.Bf16Change(run.master)
+        self.state = State()
+        if checkpoint:
+            self.resume(checkpoint)
+        else:
+            metrics = evaluate_held_out(run, 0)
+            log("metrics", {"step": 0, **metrics})
+            self.state.before = self.state.after = metrics.get("eval/mean")
+
+    def resume(self, checkpoint: str) -> None:
+        """Weights, moments and state as they were."""
+        run = self.run
+        self.state = load_checkpoint(checkpoint, run.master, run.optimizer)
+        refresh_policy(run.policy, run.master)
+        if self.state.step > run.config.steps:
+            raise InputError(f"--steps {run.config.steps}: the run in {run.config.out} is at step "
+                             f"{self.state.step} already")
+        if self.last:    # it may have been killed before it had written the model
+            self.save_model()
+
+    @property
+    def last(self) -> bool:
+        return self.state.step == self.run.config.steps
+
+    def due(self, every: int) -> bool:
+        return self.last or (every > 0 and self.state.step % every == 0)
+
+    def steps(self):
+        """The number of each step, from 0, with a progress bar and a clock for each."""
+        self.bar = runlog.progress_bar(self.run, self.state.step)
+        for step in self.bar:
+            self.times = [time.perf_counter()]
+            yield step
+
+    def tick(self) -> None:
+        """The sampling, and then the updates, are done."""
+        self.times.append(time.perf_counter())
+
+    def measure(self, rollouts: list, items: list, learned) -> None:
+        """The step's metrics, over all processes."""
+        config = self.run.config
+        self.state.step += 1
+        report = runlog.gather_step(
+            self.run, self.state.step, rollouts, items, learned, self.stopping())
+        began, sampled, updated = self.times
+        self.sample = report.sample
+        self.stop = report.stop
+        self.metrics = report.metrics | {
+            "update/lr": learning_rate(self.state.step - 1, config),
+            "update/bf16_changed": self.bf16_change.share(),
+            "time/sample": sampled - began,
+            "time/update": updated - sampled,
+            "time/tokens_per_second": report.tokens / (updated - began),
+            "memory/peak_gib": peak_bytes(self.run.master.device) / 2**30,
+        }
+        bad = self.metrics["update/not_finite"] > 0
+        self.state.bad_steps = self.state.bad_steps + 1 if bad else 0
+
+    def evaluate_if_due(self) -> None:
+        if self.due(self.run.config.eval_every):
+            self.metrics |= evaluate_held_out(self.run, self.state.step)
+            self.state.note_evaluation(self.metrics.get("eval/mean"))
+
+    def write(self) -> None:
+        """The step's lines. Before the checkpoint: --resume cuts off extra lines of the log, but
+        it could not write missing ones."""
+        if self.last:
+            self.save_model()
+        self.log("metrics", self.metrics)
+        self.log("samples", self.sample)
+        runlog.show_on(self.bar, self.metrics)
+
+    def save_if_due(self) -> None:
+        config, state = self.run.config, self.state
+        best = state.best_step == state.step
+        if self.due(config.save_every) or best or self.stop or self.give_up:
+            save_checkpoint(config.out, self.run.master, self.run.optimizer, state,
+                            self.tokenizer_files, config.keep)
+        parallel.from_first(None)    # the others wait until it is written
+        give_back_freed_memory()
+
+    def end_if_need_be(self) -> None:
+        """Raises InputError after too many bad gradients, and KeyboardInterrupt if asked to stop."""
+        state, out = self.state, self.run.config.out
+        if self.give_up:
+            raise InputError(
+                f"step {state.step}: gradients were not finite in {state.bad_steps} steps in a row "
+                "(samples.jsonl shows groups); the weights as of the last finite update are in "
+                f"{out}/checkpoints; try a lower --lr or --dtype float32")
+        if self.stop and not self.last:
+            raise KeyboardInterrupt
+
+    @property
+    def give_up(self) -> bool:
+        return self.state.bad_steps >= self.run.config.max_bad_steps
+
+    def save_model(self) -> None:
+        """OUT/model. All processes must call this, as each may have a shard of the model."""
+        folder = os.path.join(self.run.config.out, "model")
+        save_model(self.run.master, folder, self.tokenizer_files, write=parallel.rank() == 0)
