@@ -36,15 +36,10 @@ class Problem:
     gold_reward: float = 1.0
 
 
-# --------------------------------------------------------------------------------------------------
-# Files of problems
+# ---- Files of problems ---------------------------------------------------------------------------
 
-INSTRUCTIONS = {
-    "hash": "Reason step by step, and write the final answer on a last line of its own, "
-            "after ####.",
-    "boxed": "Reason step by step, and write the final answer on a last line of its own, "
-             "inside \\boxed{}.",
-}
+ASK = "Reason step by step, and write the final answer on a last line of its own, "
+INSTRUCTIONS = {"hash": ASK + "after ####.", "boxed": ASK + "inside \\boxed{}."}
 FINAL_LINES = {"hash": "#### {}", "boxed": "\\boxed{{{}}}"}
 
 
@@ -171,8 +166,7 @@ def read_problems(
     return problems
 
 
-# --------------------------------------------------------------------------------------------------
-# Prompts and responses as token ids
+# ---- Prompts and responses as token ids ----------------------------------------------------------
 
 class Tokenizer:
     """A model folder's tokenizer, chat template and stop tokens, with the instruction that goes
@@ -184,9 +178,9 @@ class Tokenizer:
         config = read_optional(folder, "tokenizer_config.json")
         self.special = special_tokens(config)
 
-        ids = read_optional(folder, "generation_config.json").get("eos_token_id")
-        ids = ids if isinstance(ids, list) else [ids]
-        ids = [i for i in ids if i is not None]
+        ids = read_optional(folder, "generation_config.json").get("eos_token_id", [])
+        if not isinstance(ids, list):
+            ids = [] if ids is None else [ids]
         size = self.backend.get_vocab_size()
         if not all(type(i) is int and 0 <= i < size for i in ids):
             raise InputError(f"{folder}/generation_config.json: eos_token_id {ids} is not in the "
@@ -250,8 +244,7 @@ def load_tokenizer(
     return Tokenizer(folder, answer_format, instruction)
 
 
-# --------------------------------------------------------------------------------------------------
-# Ready to train on
+# ---- Ready to train on ---------------------------------------------------------------------------
 
 def prepare(
     problems: list[Problem],
@@ -292,7 +285,8 @@ def prepare(
         elif value < reward.correct_at:
             complaint = f"its gold does not grade as correct (answer {problem.answer!r})"
         elif len(ids) > max_new_tokens:
-            complaint = f"its gold has {len(ids)} tokens, more than --max-new-tokens {max_new_tokens}"
+            complaint = (f"its gold has {len(ids)} tokens, more than --max-new-tokens "
+                         f"{max_new_tokens}")
         else:
             problem.gold_ids = ids
             problem.gold_reward = value

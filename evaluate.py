@@ -31,8 +31,7 @@ from support.cpu import keep_freed_memory
 from support.options import load_reward
 
 
-# --------------------------------------------------------------------------------------------------
-# Completions and their metrics
+# ---- Completions and their metrics ---------------------------------------------------------------
 
 def complete(
     model: Transformer,
@@ -134,8 +133,7 @@ def progress_of_rows(total: int, label: str, show: bool = True):
         yield advance
 
 
-# --------------------------------------------------------------------------------------------------
-# Held-out problems of a training run
+# ---- Held-out problems of a training run ---------------------------------------------------------
 
 def evaluate_held_out(run, step: int) -> dict:
     """Metrics on the held-out problems of a train.Run (docs/metrics.md); empty without any. With
@@ -181,8 +179,7 @@ def gold_logprobs(model: Transformer, problems: list[Problem], rows_per_pass: in
     return means
 
 
-# --------------------------------------------------------------------------------------------------
-# The command
+# ---- The command ---------------------------------------------------------------------------------
 
 def flags() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(

@@ -48,8 +48,7 @@ LOG_RATIO_LIMIT = 20.0  # e^20 is far outside any clip range, and still finite i
 SHAPE_GAMMA = 0.1       # LUFFY's γ (arXiv 2504.14945)
 
 
-# --------------------------------------------------------------------------------------------------
-# What is trained on
+# ---- What is trained on --------------------------------------------------------------------------
 
 @dataclass
 class Group:
@@ -70,8 +69,7 @@ class Group:
         return torch.arange(T, device=self.lengths.device) < self.lengths[:, None]
 
 
-# --------------------------------------------------------------------------------------------------
-# The switches
+# ---- The switches --------------------------------------------------------------------------------
 
 def switch(default, text: str, choices: tuple = ()):
     """A dataclass field that becomes a flag of train.py, with `text` as its line of --help."""
@@ -87,63 +85,54 @@ class Algorithm:
     paper: str = ""
 
     # Gold: which groups get it, in whose place, and how it enters the ratio
-    gold_when: str = switch(
-        "never", "which groups get gold: those with every rollout wrong, all, or none",
-        ("all_wrong", "always", "never"))
-    gold_slot: str = switch(
-        "random", "which wrong rollout gold replaces (any rollout, if none is wrong)",
-        ("random", "longest", "first"))
-    gold_old: str = switch(
-        "policy", "π_old of gold: the policy's own probability before the update, or 1",
-        ("policy", "one"))
-    gold_shape: str = switch(
-        "none", "ratio: gold's token ratios p become p / (p + 0.1), unclipped (LUFFY)",
-        ("none", "ratio"))
+    gold_when: str = switch("never", "which groups get gold: those with every rollout wrong, all, "
+                                     "or none", ("all_wrong", "always", "never"))
+    gold_slot: str = switch("random", "which wrong rollout gold replaces (any, if none is wrong)",
+                            ("random", "longest", "first"))
+    gold_old: str = switch("policy", "π_old of gold: the policy's own probability before the "
+                                     "update, or 1", ("policy", "one"))
+    gold_shape: str = switch("none", "ratio: gold's token ratios p become p / (p + 0.1), "
+                                     "unclipped (LUFFY)", ("none", "ratio"))
     gold_clip: float | None = switch(None, "gold's own upper clip; none: gold is never clipped")
 
     # Advantages
-    scale: str = switch(
-        "std", "divide a group's advantages by its standard deviation, or do not (Dr. GRPO)",
-        ("std", "none"))
+    scale: str = switch("std", "divide a group's advantages by its standard deviation, or do not "
+                               "(Dr. GRPO)", ("std", "none"))
 
     # The ratio, its clip range, and the loss
-    level: str = switch(
-        "token", "one importance ratio per token, or per sequence (geometric mean of its tokens')",
-        ("sequence", "token"))
+    level: str = switch("token", "one importance ratio per token, or per sequence (the geometric "
+                                 "mean of its tokens')", ("sequence", "token"))
     clip_low: float = switch(0.2, "ε_low: no gradient once a bad row's ratio is below 1 − ε_low")
-    clip_high: float = switch(0.2, "ε_high: no gradient once a good row's ratio is above 1 + ε_high")
-    aggregation: str = switch(
-        "row_mean", "the loss is a mean over rows of token means | a mean over the step's tokens | "
-        "a sum over (rows · max_new_tokens)",
-        ("row_mean", "token_mean", "fixed_length"))
-    kl_coef: float = switch(
-        0.0, "weight of a KL penalty of the rollouts against the frozen start model, in groups "
-        "with contrast (the model is loaded only if needed)")
-    objective: str = switch(
-        "clipped", "the clipped surrogate, or DPO's loss of pairs: each response above its "
-        "group's mean reward with each below",
-        ("clipped", "pairs"))
+    clip_high: float = switch(0.2, "ε_high: none once a good row's ratio is above 1 + ε_high")
+    aggregation: str = switch("row_mean", "mean over rows of token means | mean over the step's "
+                                          "tokens | sum over (rows · max_new_tokens)",
+                              ("row_mean", "token_mean", "fixed_length"))
+    kl_coef: float = switch(0.0, "weight of a KL penalty of the rollouts against the frozen start "
+                                 "model (loaded only if needed), in groups with contrast")
+    objective: str = switch("clipped", "the clipped surrogate, or DPO's loss of pairs: each "
+                                       "response above its group's mean reward with each below",
+                            ("clipped", "pairs"))
     beta: float = switch(0.1, "DPO's β, with objective pairs")
 
     # What is sampled and kept: these act in train.py
-    train_on: str = switch(
-        "rollouts", "rollouts: groups sampled from the policy; gold: gold answers alone (SFT)",
-        ("rollouts", "gold"))
-    sft_share: float = switch(
-        0.0, "share of the steps, the first ones, that train on gold alone: SFT, then RL")
-    resample: str = switch(
-        "none", "dynamic: sample further problems until every group has right and wrong responses; "
-        "history: at the end of each epoch drop problems whose rollouts were all right",
-        ("none", "dynamic", "history"))
+    train_on: str = switch("rollouts", "rollouts: groups sampled from the policy; gold: gold "
+                                       "answers alone (SFT)", ("rollouts", "gold"))
+    sft_share: float = switch(0.0, "share of the steps, the first ones, that train on gold alone: "
+                                   "SFT, then RL")
+    resample: str = switch("none", "dynamic: sample further problems until every group has right "
+                                   "and wrong responses; history: at the end of each epoch drop "
+                                   "problems whose rollouts were all right",
+                           ("none", "dynamic", "history"))
     max_tries: int = switch(3, "rounds of sampling per step at most, with resample dynamic")
-    overlong: float = switch(
-        0.0, "over this last share of max_new_tokens a rollout's reward falls linearly, by 1 in all")
+    overlong: float = switch(0.0, "over this last share of max_new_tokens a rollout's reward "
+                                  "falls linearly, by 1 in all")
 
     def __post_init__(self):
         for name, spec in self.__dataclass_fields__.items():
+            value = getattr(self, name)
             choices = spec.metadata.get("choices")
-            if choices and getattr(self, name) not in choices:
-                raise ValueError(f"{name}={getattr(self, name)}: choose one of {', '.join(choices)}")
+            if choices and value not in choices:
+                raise ValueError(f"{name}={value}: choose one of {', '.join(choices)}")
         for name in ("clip_low", "clip_high", "gold_clip", "kl_coef", "beta"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < float("inf"):
@@ -191,8 +180,7 @@ ALGORITHMS = {
     a.name: a for a in (GCPO, GRPO, DR_GRPO, DAPO, GSPO, SRPO, LUFFY, DPO, SFT, SFT_GCPO)}
 
 
-# --------------------------------------------------------------------------------------------------
-# When contrast fails, go gold
+# ---- When contrast fails, go gold ----------------------------------------------------------------
 
 def slot_for_gold(group: Group, gold_slot: str, generator: torch.Generator) -> int:
     """The row that gives way to gold: a wrong one, or any if none is wrong."""
@@ -242,9 +230,9 @@ def substitute_gold(
     return Group(
         prompt=group.prompt,
         responses=responses,
+        logprobs=logprobs,
         lengths=with_row(group.lengths, len(gold_ids)),
         finished=with_row(group.finished, True),
-        logprobs=logprobs,
         correct=with_row(group.correct, True),
         rewards=with_row(group.rewards, gold_reward),
         is_gold=with_row(group.is_gold, True))
@@ -253,14 +241,10 @@ def substitute_gold(
 def gold_group(prompt: Tensor, gold_ids: Tensor) -> Group:
     """A group of gold alone, G = 1. SFT is this group with advantage 1 and ratio 1."""
     yes = torch.ones(1, dtype=torch.bool)
+    length = len(gold_ids)
     return Group(
-        prompt=prompt,
-        responses=gold_ids[None],
-        lengths=torch.tensor([len(gold_ids)]),
-        finished=yes,
-        logprobs=torch.full((1, len(gold_ids)), float("nan")),
-        correct=yes,
-        rewards=torch.ones(1),
+        prompt=prompt, responses=gold_ids[None], lengths=torch.tensor([length]), finished=yes,
+        logprobs=torch.full((1, length), float("nan")), correct=yes, rewards=torch.ones(1),
         is_gold=yes)
 
 
@@ -295,8 +279,7 @@ def overlong_penalty(lengths: Tensor, max_new_tokens: int, share: float) -> Tens
     return -((lengths - allowed) / span).clamp(0, 1)
 
 
-# --------------------------------------------------------------------------------------------------
-# The ratio
+# ---- The ratio -----------------------------------------------------------------------------------
 
 def masked_sum(x: Tensor, mask: Tensor, dim=None) -> Tensor:
     """Sum where mask is True. `where`, never x · mask: 0 · NaN is NaN."""
@@ -312,8 +295,7 @@ def log_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, level: str) 
     difference = torch.where(mask, logprobs - old_logprobs, 0.0)    # (N, T)
     if level == "sequence":
         lengths = mask.sum(1, keepdim=True).clamp(min=1)            # (N, 1)
-        mean = difference.sum(1, keepdim=True) / lengths            # (N, 1)
-        difference = mean.expand_as(difference)
+        difference = (difference.sum(1, keepdim=True) / lengths).expand_as(difference)
     return difference.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
 
 
@@ -355,8 +337,7 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     return d.exp() - d - 1
 
 
-# --------------------------------------------------------------------------------------------------
-# The two losses: the clipped surrogate, and DPO's of pairs
+# ---- The two losses: the clipped surrogate, and DPO's of pairs -----------------------------------
 
 class LossContext(NamedTuple):
     """What a loss must know beside its rows: the keyword arguments of both losses.
@@ -423,12 +404,8 @@ def policy_loss(
 
 
 def pair_loss(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    mask: Tensor,
-    algorithm: Algorithm,
-    **context,
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor,
+    algorithm: Algorithm, **context,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """DPO's loss (arXiv 2305.18290, eq. 7) inside one whole group; arguments as for policy_loss.
 
@@ -442,8 +419,8 @@ def pair_loss(
     logprobs = torch.where(mask, logprobs, 0.0)
     old_logprobs = torch.where(mask, old_logprobs, 0.0)
     ref_logprobs = torch.where(mask, context.ref_logprobs, 0.0)
-    margin = algorithm.beta * masked_sum(logprobs - ref_logprobs, mask, dim=1)    # (G,)
-    pairs = margin[advantages > 0][:, None] - margin[advantages < 0]              # (chosen, rejected)
+    margin = algorithm.beta * masked_sum(logprobs - ref_logprobs, mask, dim=1)      # (G,)
+    pairs = margin[advantages > 0][:, None] - margin[advantages < 0]    # (chosen, rejected)
     mean = -torch.nn.functional.logsigmoid(pairs).sum() / max(1, pairs.numel())
     loss = mean * len(advantages) / context.total_rows    # groups of a step have equal sizes
 
@@ -460,7 +437,7 @@ def metric_sums(
     logprobs: Tensor, old_logprobs: Tensor, ratio: Tensor, clipped: Tensor, mask: Tensor,
     is_gold: Tensor,
 ) -> dict[str, Tensor]:
-    """Sums over tokens, for the metrics: of the policy's own rows, and of gold's apart from them."""
+    """Sums over tokens for the metrics: over the policy's own rows, and over gold's."""
     own = mask & ~is_gold[:, None]     # (N, T)
     gold = mask & is_gold[:, None]
     return {

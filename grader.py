@@ -36,8 +36,7 @@ LEADING_NUMBER = re.compile(
 LONGEST_ANSWER = 300  # characters; an answer followed by talk is cut here
 
 
-# --------------------------------------------------------------------------------------------------
-# Two answers are equal if and only if their canonical texts are
+# ---- Two answers are equal if and only if their canonical texts are ------------------------------
 
 def normalise(text: str) -> str:
     """An answer without LaTeX spacing and wrappers, $, %, markdown stars and a final period."""
@@ -84,8 +83,7 @@ def canonical(answer: str) -> str:
     return re.sub(r"(?<!\d) | (?!\d)", "", text).casefold()
 
 
-# --------------------------------------------------------------------------------------------------
-# Finding the answer in a response
+# ---- Finding the answer in a response ------------------------------------------------------------
 
 def last_boxed(text: str) -> str | None:
     """What stands in the last \\boxed{…} whose braces close. One pass over the text: a policy that

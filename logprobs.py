@@ -27,8 +27,7 @@ from model import Transformer
 from support.ragged import Ragged, RaggedAttention
 
 
-# --------------------------------------------------------------------------------------------------
-# Prompts
+# ---- Prompts -------------------------------------------------------------------------------------
 
 @dataclass
 class Prefix:
@@ -87,8 +86,7 @@ def encode_prompts(model: Transformer, prompts: list[Tensor]) -> Prefix:
     return Prefix(lengths, list(keys.values()), list(values.values()), last)
 
 
-# --------------------------------------------------------------------------------------------------
-# Responses
+# ---- Responses -----------------------------------------------------------------------------------
 
 def score_responses(
     model: Transformer,
@@ -151,7 +149,7 @@ def run_after(model, prefix: Prefix, attention, tokens: Tensor, positions: Tenso
 def run_with_prompts(
     model, prompts: list[Tensor], attention, tokens: Tensor, positions: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Prompts and response tokens (M,) in one pass -> prompts' last states (B, D), hidden (M, D)."""
+    """Prompts and response tokens (M,) in one pass -> prompts' last (B, D), hidden (M, D)."""
     lengths = lengths_of(prompts, tokens.device)
     ragged = Ragged(lengths, int(lengths.max()))
     read_prompts = RaggedAttention(lengths, model.config.num_attention_heads)
@@ -174,10 +172,7 @@ def run_with_prompts(
 
 
 def token_logprobs(
-    model: Transformer,
-    prompt: Tensor,
-    responses: Tensor,
-    temperature: float = 1.0,
+    model: Transformer, prompt: Tensor, responses: Tensor, temperature: float = 1.0,
     lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """log π(token | what stands before it) of G responses to one prompt, and the entropy there.
@@ -190,8 +185,7 @@ def token_logprobs(
     return score_responses(model, [prompt], prompt_of, responses, lengths, temperature)
 
 
-# --------------------------------------------------------------------------------------------------
-# The last layer
+# ---- The last layer ------------------------------------------------------------------------------
 
 LOGITS_AT_ONCE = 2**24  # 64 MiB in fp32: large enough for fast products, little beside activations
 

@@ -31,8 +31,7 @@ from support.common import replaced_folder
 from support.parallel import copy_into, gather_to_cpu
 
 
-# --------------------------------------------------------------------------------------------------
-# The transformer
+# ---- The transformer -----------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -188,7 +187,7 @@ class Transformer(nn.Module):
             positions = torch.arange(tokens.shape[1], device=tokens.device)[None]    # (1, T)
         x = self.embed_tokens(tokens)                                                # (N, T, D)
         frequencies = rope_frequencies(self.config, tokens.device)                   # (d/2,)
-        angles = positions[:, None, :, None] * frequencies                           # (N, 1, T, d/2)
+        angles = positions[:, None, :, None] * frequencies                           # … (T, d/2)
         angles = torch.cat([angles, angles], dim=-1)                                 # (N, 1, T, d)
         cos = angles.cos().to(x.dtype)
         sin = angles.sin().to(x.dtype)
@@ -215,8 +214,7 @@ class Transformer(nn.Module):
         return self
 
 
-# --------------------------------------------------------------------------------------------------
-# Model folders
+# ---- Model folders -------------------------------------------------------------------------------
 
 def read_config(folder: str) -> ModelConfig:
     """Of a folder's config.json. Raises InputError, by name, for all that the code above would

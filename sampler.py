@@ -32,14 +32,13 @@ from logprobs import encode_prompts
 from model import Transformer
 from support.cpu import packed_weights
 from support.gpu import StepRecorder
-from support.memory import round_up, rounding_on, rows_that_fit
+from support.memory import Cache, round_up, rounding_on, rows_that_fit
 
 
 PREFILL_TOKENS = 4096  # prompts that enter together run together, up to so many tokens
 
 
-# --------------------------------------------------------------------------------------------------
-# From logits and a uniform number to a token
+# ---- From logits and a uniform number to a token -------------------------------------------------
 
 def inverse_cdf(weights: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     """weights (N, any) float64, not negative; u (N,) in [0, 1) -> index (N,) and rest (N,).
@@ -94,8 +93,7 @@ def choose_token(
     return token, probs.gather(1, token[:, None])[:, 0].log()
 
 
-# --------------------------------------------------------------------------------------------------
-# What is asked for
+# ---- What is asked for ---------------------------------------------------------------------------
 
 @dataclass
 class Sampling:
@@ -124,8 +122,7 @@ class Response(NamedTuple):
     finished: bool      # by a stop token
 
 
-# --------------------------------------------------------------------------------------------------
-# The batch in flight
+# ---- The batch in flight -------------------------------------------------------------------------
 
 class Batch:
     """Rows that are being sampled, and the keys and values they attend to.
@@ -144,12 +141,11 @@ class Batch:
     Keys lie transposed, (…, d, columns), as the score product wants them. What a step reads and
     writes lies in fixed tensors on the device, so that a GPU can replay a recorded step. What the
     host needs to know it keeps in lists of its own: reading the device would make it wait."""
-    def __init__(self, model: Transformer, rows: int, seats: int, group_size: int,
-                 max_new_tokens: int, sampling: Sampling):
-        c = model.config
+    def __init__(
+        self, model: Transformer, rows: int, seats: int, group_size: int, max_new_tokens: int,
+        sampling: Sampling,
+    ):
         device = model.device
-        on_gpu = device.type == "cuda"
-        K, d = c.num_key_value_heads, c.head_dim
         self.model = model
         self.device = device
         self.sampling = sampling
@@ -157,20 +153,13 @@ class Batch:
         self.max_rows = rows
         self.max_seats = seats
         self.rounding = rounding_on(device)
-        self.recorder = StepRecorder() if on_gpu else None
+        self.recorder = StepRecorder() if device.type == "cuda" else None
 
-        # On the device: caches of each layer, which grow and shrink with what is in flight
-        def cache(*shape):
-            kwargs = dict(dtype=model.dtype, device=device)
-            return [torch.empty(shape, **kwargs) for _ in range(c.num_hidden_layers)]
+        # On the device: keys and values, numbers of each seat, and numbers of each row. Rows that
+        # are not alive have the slot after the last seat's.
+        self.of_prompts = Cache(model, seats)    # .k (seats, K, d, P), .v (seats, K, P, d)
+        self.own = Cache(model, rows)            # .k (rows, K, d, T), .v (rows, K, T, d)
 
-        self.prompt_k = cache(seats, K, d, 0)    # (seats, K, d, P)
-        self.prompt_v = cache(seats, K, 0, d)    # (seats, K, P, d)
-        self.own_k = cache(rows, K, d, 0)        # (rows, K, d, T)
-        self.own_v = cache(rows, K, 0, d)        # (rows, K, T, d)
-
-        # On the device: numbers of each seat and of each row. Rows that are not alive have the
-        # slot after the last seat's.
         def zeros(*shape, dtype=torch.int64):
             return torch.zeros(shape, dtype=dtype, device=device)
 
@@ -198,22 +187,9 @@ class Batch:
         """Tokens of the row that has most."""
         return self.now - min(row.entered for row in self.rows) + 1
 
-    def resize_cache(self, keys: list[Tensor], values: list[Tensor], length: int) -> None:
-        """Make caches (…, d, width) and (…, width, d) wide enough for `length`, rounded up;
-        narrower again once half would do."""
-        width = round_up(length, self.rounding.columns)
-        old_width = keys[0].shape[3]
-        if old_width // 2 < width <= old_width:
-            return
-        kept = min(width, old_width)
-        for caches, dim in ((keys, 3), (values, 2)):
-            for layer, old in enumerate(caches):
-                shape = list(old.shape)
-                shape[dim] = width
-                # Zeros, because what lies beyond a row's length is read, with weight 0: 0 · NaN.
-                caches[layer] = old.new_zeros(shape)
-                caches[layer].narrow(dim, 0, kept).copy_(old.narrow(dim, 0, kept))
-        if self.recorder:
+    def resize(self, cache: Cache, length: int) -> None:
+        moved = cache.resize(length)
+        if moved and self.recorder:
             self.recorder.forget()
 
     def add_token(self, logits: Tensor, rows: slice) -> None:
@@ -241,10 +217,10 @@ class Batch:
         self.alive_in += [self.G] * len(prompts)
         self.rows += [Row(i, place, self.now) for i in entering for place in range(self.G)]
 
-        self.resize_cache(self.prompt_k, self.prompt_v, max(self.seat_lengths))
+        self.resize(self.of_prompts, max(self.seat_lengths))
         for layer, (k, v) in enumerate(zip(prefix.keys, prefix.values)):     # (B, K, P, d) each
-            self.prompt_k[layer][seats, :, :, :P] = k.transpose(2, 3)
-            self.prompt_v[layer][seats, :, :P] = v
+            self.of_prompts.k[layer][seats, :, :, :P] = k.transpose(2, 3)
+            self.of_prompts.v[layer][seats, :, :P] = v
         self.prompt_length[seats] = prefix.lengths
         self.slot[rows] = torch.arange(
             seats.start * self.G, seats.stop * self.G, device=self.device)
@@ -256,7 +232,7 @@ class Batch:
 
     def decode(self, steps: int) -> None:
         """`steps` more tokens for every row, without asking the device for anything."""
-        self.resize_cache(self.own_k, self.own_v, self.longest + steps - 1)
+        self.resize(self.own, self.longest + steps - 1)
         # Rows that are not alive advance too, when a recorded step is replayed: set them back so
         # that they never index past the cache.
         self.length[len(self.rows):] = 1
@@ -264,12 +240,12 @@ class Batch:
         B = min(round_up(len(self.alive_in), self.rounding.seats), self.max_seats)
         for _ in range(steps):
             if self.recorder:
-                self.recorder.run(self.step, N, B, self.prompt_k[0].shape[3])
+                self.recorder.run(self.step, N, B)
             else:
-                self.step(N, B, self.prompt_k[0].shape[3])
+                self.step(N, B)
         self.now += steps
 
-    def step(self, N: int, B: int, P: int) -> None:
+    def step(self, N: int, B: int) -> None:
         """One more token for rows 0 … N − 1, whose prompts sit in seats 0 … B − 1."""
         row = torch.arange(N, device=self.device)
         at = self.length[:N] - 1                     # (N,) place of the token to run, in own cache
@@ -291,14 +267,14 @@ class Batch:
             from_grid = [0, 2, 5, 1, 4]       the slot of each row
         """
         N, G = len(row), self.G
-        K, P = self.prompt_k[0].shape[1], self.prompt_k[0].shape[3]
-        T = self.own_k[0].shape[3]
+        K = self.model.config.num_key_value_heads
+        P, T = self.of_prompts.width, self.own.width
         slot = self.slot[:N]
         column = torch.arange(max(P, T), device=self.device)
-        absent = torch.cat([                                                         # (N, P + T)
-            column[:P] >= prompt_length[:, None], column[:T] > at[:, None]], dim=1)
+        beyond_prompt = column[:P] >= prompt_length[:, None]                         # (N, P)
+        absent = torch.cat([beyond_prompt, column[:T] > at[:, None]], dim=1)         # (N, P + T)
         mask = torch.zeros(absent.shape, device=self.device)
-        mask = mask.masked_fill(absent, float("-inf"))[:, None, None]                # (N, 1, 1, P + T)
+        mask = mask.masked_fill(absent, float("-inf"))[:, None, None]
 
         heads = torch.arange(K, device=self.device)
         row_at = row.new_zeros(self.max_seats * G + 1).index_copy(0, slot, row)[:B * G]
@@ -319,16 +295,16 @@ class Batch:
         def attend(layer, q, k, v):
             """q (N, H, 1, d), k and v (N, K, 1, d) -> (N, H, 1, d)"""
             d = q.shape[3]
-            own_k = self.own_k[layer][:N]                                            # (N, K, d, T)
-            own_v = self.own_v[layer][:N]                                            # (N, K, T, d)
+            own_k = self.own.k[layer][:N]                                            # (N, K, d, T)
+            own_v = self.own.v[layer][:N]                                            # (N, K, T, d)
             own_k[row, :, :, at] = k[:, :, 0]
             own_v[row, :, at] = v[:, :, 0]
             q = q.reshape(N, K, -1, d)                                               # (N, K, S, d)
-            on_prompt = out_of_grid(into_grid(q) @ self.prompt_k[layer][:B])         # (N, K, S, P)
+            on_prompt = out_of_grid(into_grid(q) @ self.of_prompts.k[layer][:B])     # (N, K, S, P)
             scores = torch.cat([on_prompt, q @ own_k], dim=-1)                       # … P + T
             weights = torch.add(mask, scores, alpha=d**-0.5).softmax(-1).to(q.dtype)
             on_own = weights[..., P:].contiguous()                                   # (N, K, S, T)
-            out = out_of_grid(into_grid(weights[..., :P]) @ self.prompt_v[layer][:B])
+            out = out_of_grid(into_grid(weights[..., :P]) @ self.of_prompts.v[layer][:B])
             return (out + on_own @ own_v).view(N, -1, 1, d)
 
         return attend
@@ -345,8 +321,8 @@ class Batch:
         if holes:
             to = torch.tensor(holes, device=self.device)
             source = torch.tensor(movers, device=self.device)
-            columns = (self.slot, self.length, self.ended, self.tokens, self.logprobs, self.uniforms)
-            for column in (*self.own_k, *self.own_v, *columns):
+            for column in (*self.own.k, *self.own.v, self.slot, self.length, self.ended,
+                           self.tokens, self.logprobs, self.uniforms):
                 column[to] = column[source]
             for hole, mover in zip(holes, movers):
                 self.rows[hole] = self.rows[mover]
@@ -360,7 +336,7 @@ class Batch:
         """The last seat's prompt moves here, and its rows' slots with it."""
         last = len(self.alive_in) - 1
         if seat != last:
-            for cache in (*self.prompt_k, *self.prompt_v, self.prompt_length):
+            for cache in (*self.of_prompts.k, *self.of_prompts.v, self.prompt_length):
                 cache[seat] = cache[last]
             self.alive_in[seat] = self.alive_in[last]
             self.seat_lengths[seat] = self.seat_lengths[last]
@@ -370,8 +346,7 @@ class Batch:
         self.seat_lengths.pop()
 
 
-# --------------------------------------------------------------------------------------------------
-# Sampling
+# ---- Sampling ------------------------------------------------------------------------------------
 
 def prompt_generator(seed, prompt_id: int, repeat: int) -> torch.Generator:
     """The random stream of one prompt; `seed` is a number, or several: (seed, step)."""
@@ -381,8 +356,9 @@ def prompt_generator(seed, prompt_id: int, repeat: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(sequence.generate_state(1, np.uint64)[0] >> 1))
 
 
-def sample(model: Transformer, prompts: list[Tensor], group_size: int, max_new_tokens: int,
-           **settings) -> list[Group]:
+def sample(
+    model: Transformer, prompts: list[Tensor], group_size: int, max_new_tokens: int, **settings,
+) -> list[Group]:
     """A Group of `group_size` responses for each prompt (P,), in the order given, not yet graded.
 
     `settings` are the fields of Sampling: stop_ids= and seed=, and others if wanted. A response
@@ -401,33 +377,32 @@ def sample(model: Transformer, prompts: list[Tensor], group_size: int, max_new_t
         sampling.prompt_ids = list(range(len(prompts)))
     with packed_weights(model):
         responses = run_to_the_end(model, prompts, group_size, max_new_tokens, sampling)
+    return [ungraded_group(prompt, rows) for prompt, rows in zip(prompts, responses)]
 
-    def pad(xs):
-        return torch.nn.utils.rnn.pad_sequence(xs, batch_first=True)
 
-    groups = []
-    for prompt, rows in zip(prompts, responses):
-        groups.append(Group(
-            prompt=prompt.cpu(),
-            responses=pad([r.tokens for r in rows]),
-            lengths=torch.tensor([len(r.tokens) for r in rows]),
-            finished=torch.tensor([r.finished for r in rows]),
-            logprobs=pad([r.logprobs for r in rows]),
-            correct=torch.zeros(group_size, dtype=torch.bool),
-            rewards=torch.zeros(group_size),
-            is_gold=torch.zeros(group_size, dtype=torch.bool)))
-    return groups
+def ungraded_group(prompt: Tensor, rows: list[Response]) -> Group:
+    pad = lambda xs: torch.nn.utils.rnn.pad_sequence(xs, batch_first=True)
+    return Group(
+        prompt=prompt.cpu(),
+        responses=pad([r.tokens for r in rows]),
+        lengths=torch.tensor([len(r.tokens) for r in rows]),
+        finished=torch.tensor([r.finished for r in rows]),
+        logprobs=pad([r.logprobs for r in rows]),
+        correct=torch.zeros(len(rows), dtype=torch.bool),
+        rewards=torch.zeros(len(rows)),
+        is_gold=torch.zeros(len(rows), dtype=torch.bool))
 
 
 @torch.inference_mode()
-def run_to_the_end(model, prompts: list[Tensor], G: int, max_new_tokens: int,
-                   sampling: Sampling) -> list[list[Response]]:
+def run_to_the_end(
+    model, prompts: list[Tensor], G: int, T: int, sampling: Sampling,
+) -> list[list[Response]]:
     """The loop of `sample`: for each prompt its G responses."""
     longest = max(len(p) for p in prompts)
-    most = sampling.max_rows or rows_that_fit(model, G, longest, max_new_tokens)
+    most = sampling.max_rows or rows_that_fit(model, G, longest, T)
     rows = min(len(prompts), max(1, most // G)) * G
     seats = min(len(prompts), 2 * rows // G)    # a prompt keeps its seat until its last row ends
-    batch = Batch(model, rows, seats, G, max_new_tokens, sampling)
+    batch = Batch(model, rows, seats, G, T, sampling)
     check_every = 1 if batch.device.type == "cpu" else 16
     responses = [[None] * G for _ in prompts]
     waiting = deque(range(len(prompts)))
@@ -440,30 +415,27 @@ def run_to_the_end(model, prompts: list[Tensor], G: int, max_new_tokens: int,
             uniforms = []
             for i in entering:
                 name = sampling.prompt_ids[i]
-                generator = prompt_generator(sampling.seed, name, seen[name])
-                uniforms.append(
-                    torch.rand(G, max_new_tokens, generator=generator, dtype=torch.float64))
+                stream = prompt_generator(sampling.seed, name, seen[name])
                 seen[name] += 1
+                uniforms.append(torch.rand(G, T, generator=stream, dtype=torch.float64))
             batch.prefill(entering, [prompts[i] for i in entering], torch.cat(uniforms))
 
         ended = batch.ended[:len(batch.rows)].tolist()
-        leaving = [row for row in range(len(ended))
-                   if ended[row] or batch.count(row) == max_new_tokens]
+        leaving = [row for row in range(len(ended)) if ended[row] or batch.count(row) == T]
         for row in leaving:
-            prompt, place, _ = batch.rows[row]
             response = read_response(batch, row)
-            responses[prompt][place] = response
+            responses[batch.rows[row].prompt][batch.rows[row].place] = response
             if sampling.progress:
                 sampling.progress(len(response.tokens))
         if leaving:
             batch.leave(leaving)                # and a waiting prompt may enter now
         else:
-            batch.decode(min(check_every, max_new_tokens - batch.longest))
+            batch.decode(min(check_every, T - batch.longest))
     return responses
 
 
 def next_prompts(waiting: deque, prompts: list[Tensor], room: int) -> list[int]:
-    """Prompts to run together: at most `room`, at most PREFILL_TOKENS with padding, at least one."""
+    """Prompts to run together: one or more, up to `room`, up to PREFILL_TOKENS with padding."""
     entering = []
     longest = 0
     while waiting and len(entering) < room:
@@ -478,7 +450,8 @@ def read_response(batch: Batch, row: int) -> Response:
     """A row's tokens up to its first stop token, copied: the next row will be written over it."""
     count = batch.count(row)
     tokens = batch.tokens[row, :count].to("cpu", copy=True)
-    stops = torch.isin(tokens, batch.stop_ids.cpu()).nonzero().flatten()
+    stop_ids = torch.tensor(list(batch.sampling.stop_ids), dtype=torch.int64)
+    stops = torch.isin(tokens, stop_ids).nonzero().flatten()
     length = int(stops[0]) + 1 if len(stops) else count    # what came after the end is dropped
     logprobs = batch.logprobs[row, :length].to("cpu", copy=True)
     return Response(tokens[:length], logprobs, bool(len(stops)))

@@ -92,7 +92,8 @@ def why(run: Run) -> str:
 
 
 def print_responses(run: Run, group: Group) -> None:
-    print("\nresponses, token by token; · is padding, which the mask leaves out (the end token counts)")
+    print("\nresponses, token by token; · is padding, which the mask leaves out (the end token "
+          "counts)")
     for row, (ids, kept) in enumerate(zip(group.responses, group.mask)):
         words = []
         for token in ids[kept].tolist():

@@ -133,7 +133,9 @@ def load_run(config: Config, algorithm: Algorithm, device: torch.device) -> Run:
     policy = make_policy(master, dtype)
     for model in (master, policy):
         model.gradient_checkpointing = config.gradient_checkpointing
-    reference = load_model(config.model, device, policy.dtype) if algorithm.needs_reference else None
+    reference = None
+    if algorithm.needs_reference:
+        reference = load_model(config.model, device, policy.dtype)
     optimizer = torch.optim.AdamW(
         master.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay,
         fused=True)
@@ -141,8 +143,7 @@ def load_run(config: Config, algorithm: Algorithm, device: torch.device) -> Run:
                held_out, gold_not_used, reward)
 
 
-# --------------------------------------------------------------------------------------------------
-# The loop
+# ---- The loop ------------------------------------------------------------------------------------
 
 def train(run: Run, log, checkpoint: str | None = None, stopping=lambda: False):
     """The whole run, or the rest of it after `checkpoint`. Returns held-out accuracy before and
@@ -176,8 +177,7 @@ def at_step(run: Run, step: int) -> Run:
     return run
 
 
-# --------------------------------------------------------------------------------------------------
-# The groups of a step
+# ---- The groups of a step ------------------------------------------------------------------------
 
 def collect(run: Run, step: int, state: State) -> tuple[list[Group], list[Item]]:
     """This process's part of the step: groups as sampled, and items to train on.
@@ -186,17 +186,17 @@ def collect(run: Run, step: int, state: State) -> tuple[list[Group], list[Item]]
     right or all wrong are left out, and further problems tried, in `max_tries` rounds at most. If
     some are still missing, the latest of those left out fill up, without advantages.
     SFT samples nothing; a problem without gold leaves its position empty."""
-    config, algorithm = run.config, run.algorithm
-    if algorithm.train_on == "gold":
+    config = run.config
+    if run.algorithm.train_on == "gold":
         numbers = next_problems(config.prompts, len(run.problems), state, config.seed)
         chosen = parallel.my_part([(i, run.problems[n]) for i, n in enumerate(numbers)])
         return [], [Item(i, p, gold_group(p.prompt, p.gold_ids), torch.ones(1))
                     for i, p in chosen if p.gold_ids is not None]
 
-    dynamic = algorithm.resample == "dynamic"
+    dynamic = run.algorithm.resample == "dynamic"
     rollouts, kept, spare = [], [], []
     tried = filled = 0
-    for _ in range(algorithm.max_tries if dynamic else 1):
+    for _ in range(run.algorithm.max_tries if dynamic else 1):
         numbers = next_problems(config.prompts - filled, len(run.problems), state, config.seed)
         groups, items = sample_and_grade(run, step, numbers, tried, state)
         tried += len(numbers)
@@ -270,33 +270,30 @@ def sample_and_grade(run: Run, step: int, numbers: list[int], first: int, state:
 def renumber(kept: list[Item], spare: list[Item], count: int) -> list[Item]:
     """Positions 0 … count − 1 for those kept, filled up with the latest spare ones. Over all
     processes, because the position decides which update a group belongs to."""
-    def all_positions(items):
-        return sum(parallel.all_gather([item.position for item in items]), [])
-
-    order = sorted(all_positions(kept))
-    order += sorted(all_positions(spare), reverse=True)[:count - len(order)]
+    positions = lambda items: sum(parallel.all_gather([i.position for i in items]), [])
+    order = sorted(positions(kept))
+    order += sorted(positions(spare), reverse=True)[:count - len(order)]
     number = {position: i for i, position in enumerate(order)}
     return [replace(item, position=number[item.position])
             for item in [*kept, *spare] if item.position in number]
 
 
-# --------------------------------------------------------------------------------------------------
-# The updates of a step
+# ---- The updates of a step -----------------------------------------------------------------------
 
 def learn(run: Run, items: list[Item]) -> Learned:
     """All updates of a step, each on its minibatch: equal parts of the step's groups, in order.
 
     π_old is scored before the first update moves the weights. The first update needs none: there
     the policy is still π_old. Nor does SFT, whose ratio is 1 by definition."""
-    config, algorithm = run.config, run.algorithm
+    config = run.config
     minibatches = [[] for _ in range(config.updates)]
     for item in items:
         minibatches[item.position * config.updates // config.prompts].append(item)
-    if algorithm.train_on == "rollouts":
+    if run.algorithm.train_on == "rollouts":
         later = [i for batch in minibatches[1:] for i in batch if i.has_contrast]
         for item, logprobs in zip(later, score(run.policy, later, config)):
             item.old_logprobs = logprobs
-    if algorithm.needs_reference:
+    if run.algorithm.needs_reference:
         live = [i for i in items if i.has_contrast]
         for item, logprobs in zip(live, score(run.reference, live, config)):
             item.ref_logprobs = logprobs
@@ -313,7 +310,7 @@ def learn(run: Run, items: list[Item]) -> Learned:
 
 @torch.no_grad()
 def score(model: Transformer, items: list[Item], config: Config) -> list[torch.Tensor]:
-    """What a model says of each group's responses: logprobs (G, T), on the CPU, without gradient."""
+    """What a model says of each group's responses: logprobs (G, T) on the CPU, no gradient."""
     scores = []
     for batch in micro_batches(items, config.rows_per_pass):
         prompts = [i.group.prompt for i in batch]

@@ -57,8 +57,7 @@ KINDS = {
 FILES = {"optimizer.safetensors", "model/config.json", "model/model.safetensors"}
 
 
-# --------------------------------------------------------------------------------------------------
-# Writing
+# ---- Writing -------------------------------------------------------------------------------------
 
 def save_checkpoint(
     out: str,
@@ -145,8 +144,7 @@ def flush_to_disk(path: str) -> None:
         os.close(fd)
 
 
-# --------------------------------------------------------------------------------------------------
-# Reading
+# ---- Reading -------------------------------------------------------------------------------------
 
 def checkpoint_fault(path: str) -> str | None:
     """What is wrong with a checkpoint, or None."""
@@ -235,8 +233,7 @@ def load_checkpoint(
     return State(**{name: state[name] for name in KINDS})
 
 
-# --------------------------------------------------------------------------------------------------
-# The folder of a run
+# ---- The folder of a run -------------------------------------------------------------------------
 
 def lock_folder(folder: str) -> None:
     """Keep other runs out for as long as this process lives. Raises InputError if one is in it."""

@@ -13,11 +13,10 @@ import torch
 from safetensors import SafetensorError
 
 
-# --------------------------------------------------------------------------------------------------
-# Errors
+# ---- Errors --------------------------------------------------------------------------------------
 
 class InputError(Exception):
-    """Something the user gave us cannot be used. The message is one line: what, where, what to do."""
+    """Something the user gave us cannot be used. The message says what, where, and what to do."""
 
 
 def one_line(e: BaseException) -> str:
@@ -58,8 +57,7 @@ def exit_cleanly(main) -> None:
     sys.exit(status)
 
 
-# --------------------------------------------------------------------------------------------------
-# Devices
+# ---- Devices -------------------------------------------------------------------------------------
 
 def pick_device(name: str) -> torch.device:
     """`auto` is the first GPU if there is one. Raises InputError for a device that is not there."""
@@ -96,8 +94,7 @@ def cpu_has_bf16() -> bool:
         return False
 
 
-# --------------------------------------------------------------------------------------------------
-# Files
+# ---- Files ---------------------------------------------------------------------------------------
 
 @contextlib.contextmanager
 def written_whole(path: str):

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 
-# --------------------------------------------------------------------------------------------------
-# Products
+# ---- Products ------------------------------------------------------------------------------------
 
 @contextlib.contextmanager
 def packed_weights(model: nn.Module):
@@ -55,8 +54,7 @@ def can_pack(model: nn.Module) -> bool:
     return model.dtype == torch.float32
 
 
-# --------------------------------------------------------------------------------------------------
-# Attention
+# ---- Attention -----------------------------------------------------------------------------------
 
 SCORES_AT_ONCE = 2**20  # attention scores of one part: 4 MiB in fp32, which a CPU's caches hold
 
@@ -111,8 +109,7 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     return MaskedAttention.apply(q, k, v, mask)
 
 
-# --------------------------------------------------------------------------------------------------
-# Memory
+# ---- Memory --------------------------------------------------------------------------------------
 
 M_TRIM_THRESHOLD = -1   # glibc's numbers (malloc.h)
 M_MMAP_THRESHOLD = -3

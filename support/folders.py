@@ -37,8 +37,7 @@ TOKENIZER_FILES = (
     "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", "generation_config.json")
 
 
-# --------------------------------------------------------------------------------------------------
-# config.json
+# ---- config.json ---------------------------------------------------------------------------------
 
 class ConfigFile:
     """config.json, whose values are checked as they are read."""
@@ -128,7 +127,8 @@ def read_settings(folder: str) -> dict:
         shared = settings["num_key_value_heads"]
         file.refuse(f"{heads} query heads cannot share {shared} key/value heads")
     if settings["head_dim"] % 2:
-        file.refuse(f"head_dim {settings['head_dim']} is odd; rotary position embedding turns pairs")
+        file.refuse(f"head_dim {settings['head_dim']} is odd; rotary position embedding turns "
+                    "pairs")
     return settings
 
 
@@ -178,8 +178,7 @@ def rope_scaling(file: ConfigFile, rope: dict) -> tuple | None:
     return ("llama3", factor, low, high, original)
 
 
-# --------------------------------------------------------------------------------------------------
-# Weights
+# ---- Weights -------------------------------------------------------------------------------------
 
 def weight_files(folder: str) -> list[str]:
     """Paths of the safetensors files: model.safetensors, or the shards its index names."""
@@ -264,8 +263,7 @@ def tensors(folder: str, wanted: dict[str, Tensor], tied: bool) -> Iterator[tupl
                              "embedding, and config.json says tie_word_embeddings")
 
 
-# --------------------------------------------------------------------------------------------------
-# Tokenizer files
+# ---- Tokenizer files -----------------------------------------------------------------------------
 
 def read_backend(folder: str) -> tokenizers.Tokenizer:
     """tokenizer.json, as the tokenizers library reads it."""

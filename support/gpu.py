@@ -20,8 +20,8 @@ class StepRecorder:
     """Runs a decoding step, and from the third time on replays it as a CUDA graph.
 
     On a GPU the launches of a step cost more than its work. A replay launches everything at once,
-    with the same tensors at the same places; so a step must read and write fixed tensors only, and
-    one of another size is another recording."""
+    with the same tensors at the same places. So a step must read and write fixed tensors only, a
+    step of other sizes is another recording, and once a tensor has moved all are forgotten."""
     def __init__(self):
         self.forget()
 

@@ -108,8 +108,7 @@ def learning_rate(step: int, config: Config) -> float:
     return config.lr * (1 - (1 - config.lr_end) * done)
 
 
-# --------------------------------------------------------------------------------------------------
-# From the command line to settings
+# ---- From the command line to settings -----------------------------------------------------------
 
 def parse_flags(argv: list[str] | None = None) -> tuple[Config, Algorithm, dict]:
     """Config and Algorithm from the command line, and the flags that were given by hand. Raises
@@ -293,8 +292,7 @@ def import_file(path: str) -> Callable:
         raise InputError(f"--reward {path}: cannot be imported ({one_line(e)})") from None
 
 
-# --------------------------------------------------------------------------------------------------
-# Where a run lies
+# ---- Where a run lies ----------------------------------------------------------------------------
 
 def set_up_process(config: Config) -> torch.device:
     """Meet the other processes, and choose this one's device and threads."""
@@ -355,8 +353,7 @@ def latest_folder(stem: str) -> str:
     return newest
 
 
-# --------------------------------------------------------------------------------------------------
-# What a resumed run must have in common with its beginning
+# ---- What a resumed run must have in common with its beginning -----------------------------------
 
 # These may change. Of model and data the content must stay, not the path; of the device its kind,
 # not its number. Those that only say how things are computed may change too, or a run that lacks

@@ -27,8 +27,7 @@ from support.common import InputError
 BUCKET = 2**25  # gradient elements that travel in one message
 
 
-# --------------------------------------------------------------------------------------------------
-# Who is there
+# ---- Who is there --------------------------------------------------------------------------------
 
 def join() -> str | None:
     """Meet the other processes, if torchrun started us. Returns this process's device, or None."""
@@ -74,8 +73,7 @@ def world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-# --------------------------------------------------------------------------------------------------
-# Lists and numbers
+# ---- Lists and numbers ---------------------------------------------------------------------------
 
 def my_part(xs: list) -> list:
     """This process's part of a list. Parts may differ by one in length, or be empty."""
@@ -112,8 +110,7 @@ def from_first(value):
     return all_gather(value)[0]
 
 
-# --------------------------------------------------------------------------------------------------
-# Gradients
+# ---- Gradients -----------------------------------------------------------------------------------
 
 def finish_backward(model: torch.nn.Module, passes: int) -> None:
     """After this process's `passes` backward passes: gradients become sums over all processes."""
@@ -150,8 +147,7 @@ def idle_pass(model: torch.nn.Module) -> None:
     (0 * model.logits(model(token)).sum()).backward()
 
 
-# --------------------------------------------------------------------------------------------------
-# Shards
+# ---- Shards --------------------------------------------------------------------------------------
 
 def shard(model: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> None:
     """Leave this process an Nth of each parameter. The model, on the meta device or not, computes

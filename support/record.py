@@ -110,7 +110,7 @@ class Record:
         give_back_freed_memory()
 
     def end_if_need_be(self) -> None:
-        """Raises InputError after too many bad gradients, and KeyboardInterrupt if asked to stop."""
+        """Raises InputError after too many bad gradients, KeyboardInterrupt if asked to stop."""
         state, out = self.state, self.run.config.out
         if self.give_up:
             raise InputError(

@@ -38,8 +38,7 @@ from support.options import as_command, record_of, run_name
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
-# --------------------------------------------------------------------------------------------------
-# The beginning and the end
+# ---- The beginning and the end -------------------------------------------------------------------
 
 def begin(run, given: dict) -> str | None:
     """Say what the run is, on the screen and in run.json. Returns the checkpoint that it resumes.
@@ -61,8 +60,8 @@ def begin(run, given: dict) -> str | None:
     announce(run, command)
     if run.config.resume:
         step = read_json(os.path.join(checkpoint, "state.json"))["step"] if checkpoint else -1
-        where = f"after step {step}" if checkpoint else "from its beginning: it has no checkpoint yet"
-        print(f"resuming {out} {where}")
+        beginning = "from its beginning: it has no checkpoint yet"
+        print(f"resuming {out} " + (f"after step {step}" if checkpoint else beginning))
         for kind in ("metrics", "samples"):
             path = os.path.join(out, f"{kind}.jsonl")
             if os.path.exists(path):
@@ -92,15 +91,15 @@ def warn(run) -> None:
 
 def announce(run, command: str) -> None:
     """The run as one command, its size, and the golds that cannot be used."""
-    master = run.master
-    parameters = sum(p.numel() for p in master.parameters())
+    model, device = run.master.config.model_type, run.master.device
+    parameters = sum(p.numel() for p in run.master.parameters())
     with_gold = sum(p.gold_ids is not None for p in run.problems)
-    threads = f" ({torch.get_num_threads()} threads)" if run.master.device.type == "cpu" else ""
+    threads = f" ({torch.get_num_threads()} threads)" if device.type == "cpu" else ""
     dtype = str(run.policy.dtype).removeprefix("torch.")
     gib = estimated_bytes(run) / 2**30
     print(command)
-    print(f"{run_name(run.config)}: {master.config.model_type}, {parameters / 1e6:.2f} M parameters, "
-          f"{run.master.device}{threads}, {dtype}, about {gib:.1f} GiB; {len(run.problems)} problems, "
+    print(f"{run_name(run.config)}: {model}, {parameters / 1e6:.2f} M parameters, "
+          f"{device}{threads}, {dtype}, about {gib:.1f} GiB; {len(run.problems)} problems, "
           f"{with_gold} with gold; {len(run.held_out)} held out")
     complaints = run.gold_not_used
     for line in complaints[:3]:
@@ -180,12 +179,12 @@ def last_words(run, before: float | None, after: float | None) -> None:
         print(f"evaluate {shlex.join(words)}")
     if config.model == os.path.join(config.out, "toy", "model"):
         other, how = ("grpo", "without") if run.algorithm.name != "grpo" else ("gcpo", "with")
-        print(f"next     {python} train.py --algo {other}   the same weights and budget, {how} gold")
+        print(f"next     {python} train.py --algo {other}   the same weights and budget, {how} "
+              "gold")
         print(f"         {python} train.py --model DIR --data FILE   your own model and problems")
 
 
-# --------------------------------------------------------------------------------------------------
-# While it runs
+# ---- While it runs -------------------------------------------------------------------------------
 
 def open_log(out: str):
     """log(kind, record) adds a line to OUT/metrics.jsonl or samples.jsonl, and returns once it is
@@ -237,14 +236,14 @@ def progress_bar(run, done: int):
 
 
 def show_on(bar, metrics: dict) -> None:
-    words = [f"gold {metrics['gold/share']:.2f}", f"{metrics['time/tokens_per_second']:.0f} tokens/s"]
+    speed = metrics["time/tokens_per_second"]
+    words = [f"gold {metrics['gold/share']:.2f}", f"{speed:.0f} tokens/s"]
     if "reward/mean" in metrics:
         words.insert(0, f"reward {metrics['reward/mean']:.3f}")
     bar.set_postfix_str(", ".join(words))
 
 
-# --------------------------------------------------------------------------------------------------
-# Metrics (docs/metrics.md explains each)
+# ---- Metrics (docs/metrics.md explains each) -----------------------------------------------------
 
 class StepReport(NamedTuple):
     """A step, over all processes."""
