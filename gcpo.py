@@ -332,9 +332,9 @@ def clip_range(
 
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """Schulman's k3 for KL(π_θ ‖ π_ref), (N, T): its mean over tokens drawn from π_θ is the KL
-    divergence, and it is never negative."""
+    divergence, and it is never negative. (expm1, because exp(d) − 1 cancels for a small d.)"""
     d = (ref_logprobs - logprobs).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
-    return d.exp() - d - 1
+    return torch.expm1(d) - d
 
 
 # ---- The two losses: the clipped surrogate, and DPO's of pairs -----------------------------------

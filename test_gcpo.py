@@ -156,6 +156,15 @@ def test_kl_estimate_is_the_kl_divergence():
     assert not torch.isclose(reversed_, exact, rtol=1e-3)
 
 
+@pytest.mark.parametrize("d", [1e-2, 1e-3, -1e-3, 1e-4])
+def test_kl_estimate_near_zero(d):
+    """Two policies that hardly differ have a small KL, in fp32 too. (Bug: exp(d) − d − 1 cancels
+    there: it is wrong by a twentieth at d = 1e-3, and 0 at d = 1e-4.)"""
+    exact = math.expm1(d) - d
+    estimate = kl_estimate(torch.tensor(0.0), torch.tensor(d)).item()
+    assert estimate == pytest.approx(exact, rel=3.5e-4)
+
+
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_gradient_equals_finite_differences(name):
     """The gradient is the loss's own. (Bugs: something detached, or a branch that only the gradient
