@@ -118,7 +118,8 @@ class Algorithm:
     train_on: str = switch("rollouts", "rollouts: groups sampled from the policy; gold: gold "
                                        "answers alone (SFT)", ("rollouts", "gold"))
     sft_share: float = switch(0.0, "share of the steps, the first ones, that train on gold alone: "
-                                   "SFT, then RL")
+                                   "SFT, then RL (of the switches only --aggregation, if given, "
+                                   "acts on SFT)")
     resample: str = switch("none", "dynamic: sample further problems until every group has right "
                                    "and wrong responses; history: at the end of each epoch drop "
                                    "problems whose rollouts were all right",

@@ -43,7 +43,7 @@ from support.checkpoint import State
 from support.common import InputError, exit_cleanly, pick_dtype
 from support.cpu import keep_freed_memory
 from support.options import (
-    Config, learning_rate, load_reward, parse_flags, place_run, set_up_process)
+    Config, learning_rate, load_reward, parse_flags, place_run, set_up_process, sft_stage)
 from support.policy import make_policy, refresh_policy
 from support.record import Record
 from support.toy import removed_on_error
@@ -57,6 +57,7 @@ class Run:
     master: Transformer
     policy: Transformer
     optimizer: torch.optim.Optimizer
+    sft: Algorithm = ALGORITHMS["sft"]      # for the first steps, with --sft-share
     reference: Transformer | None = None    # the frozen start model, if the loss looks at it
     tokenizer: Tokenizer | None = None
     problems: Sequence[Problem] = ()
@@ -98,6 +99,7 @@ def main():
     config = place_run(config, algorithm)
     with removed_on_error(config):
         run = load_run(config, algorithm, device)
+    run.sft = sft_stage(algorithm, given)
     checkpoint = runlog.begin(run, given)
     log = runlog.open_log(config.out)
     try:
@@ -139,8 +141,9 @@ def load_run(config: Config, algorithm: Algorithm, device: torch.device) -> Run:
     optimizer = torch.optim.AdamW(
         master.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay,
         fused=True)
-    return Run(config, algorithm, master, policy, optimizer, reference, tokenizer, problems,
-               held_out, gold_not_used, reward)
+    return Run(
+        config, algorithm, master, policy, optimizer, reference=reference, tokenizer=tokenizer,
+        problems=problems, held_out=held_out, gold_not_used=gold_not_used, reward=reward)
 
 
 # ---- The loop ------------------------------------------------------------------------------------
@@ -171,9 +174,9 @@ def train(run: Run, log, checkpoint: str | None = None, stopping=lambda: False):
 
 
 def at_step(run: Run, step: int) -> Run:
-    """The run, or in its first steps the same run with SFT's algorithm (--sft-share)."""
+    """The run, or in its first steps (--sft-share) the same run with SFT's algorithm."""
     if step < round(run.algorithm.sft_share * run.config.steps):
-        return replace(run, algorithm=ALGORITHMS["sft"])
+        return replace(run, algorithm=run.sft)
     return run
 
 

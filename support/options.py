@@ -128,6 +128,8 @@ def parse_flags(argv: list[str] | None = None) -> tuple[Config, Algorithm, dict]
     check(config)
     try:
         algorithm = replace(ALGORITHMS[config.algo], **switches)
+        if algorithm.train_on == "gold":
+            algorithm = only_gold(algorithm, algorithm.aggregation)
     except ValueError as e:
         name, _, rest = str(e).partition("=")
         rest = rest.replace("gold_old=one", "--gold-old one")
@@ -135,6 +137,18 @@ def parse_flags(argv: list[str] | None = None) -> tuple[Config, Algorithm, dict]
     if config.group_size == 1 and algorithm.train_on == "rollouts":
         raise InputError("--group-size 1: a group of one has no contrast; use 2 or more")
     return fit_together(config, algorithm, given), algorithm, given
+
+
+def only_gold(algorithm: Algorithm, aggregation: str) -> Algorithm:
+    """SFT under the algorithm's name. Its ratio is 1 by definition and its advantage 1, so of all
+    switches of the loss only `aggregation` acts on it."""
+    return replace(ALGORITHMS["sft"], name=algorithm.name, paper=algorithm.paper,
+                   aggregation=aggregation)
+
+
+def sft_stage(algorithm: Algorithm, given: dict) -> Algorithm:
+    """What --sft-share trains with: SFT, with --aggregation if it was given by hand."""
+    return only_gold(algorithm, given.get("aggregation", ALGORITHMS["sft"].aggregation))
 
 
 def flag_parser() -> argparse.ArgumentParser:
@@ -222,7 +236,7 @@ def fit_together(config: Config, algorithm: Algorithm, given: dict) -> Config:
                   f"--rows-per-pass {config.group_size}", file=sys.stderr)
         config = replace(config, rows_per_pass=config.group_size)
     if algorithm.train_on == "gold":
-        acting = ("train_on", "sft_share", "aggregation")
+        acting = ("train_on", "aggregation")
         idle = [name for name in given if name in SWITCHES and name not in acting]
         if idle:
             flags = ", ".join("--" + name.replace("_", "-") for name in idle)
@@ -371,6 +385,8 @@ def record_of(run) -> dict:
     settings |= {k: v for k, v in asdict(config).items() if k not in MAY_CHANGE}
     if config.lr_end != 1 or run.algorithm.sft_share:    # these depend on how long the run is
         settings["steps"] = config.steps
+    if run.algorithm.sft_share:
+        settings["sft_aggregation"] = run.sft.aggregation
     settings |= {"device": run.master.device.type, "dtype": str(run.policy.dtype)}
     reward_file = config.reward and config.reward.rpartition(":")[0]
     files = {"data": config.data, "eval_data": config.eval_data, "reward_file": reward_file}
