@@ -1,4 +1,4 @@
-"""plot.py: what it draws, read back from matplotlib's axes, against numbers written by hand."""
+"""plot.py: what it draws, read back from matplotlib, against numbers written by hand."""
 import json
 import os
 import subprocess
@@ -12,11 +12,19 @@ import plot  # noqa: E402
 
 
 def run(folder, accuracies, seconds=1.0):
-    """A run of one step per accuracy, evaluated at each."""
+    """A run with one step per accuracy, each step evaluated."""
     os.makedirs(folder)
     with open(folder / "metrics.jsonl", "w") as f:
         for step, accuracy in enumerate(accuracies):
-            f.write(json.dumps({"step": step, "eval/mean": accuracy, "eval/mean_se": 0.1, "time/sample": seconds, "time/update": seconds, "reward/correct": accuracy}) + "\n")
+            row = {
+                "step": step,
+                "eval/mean": accuracy,
+                "eval/mean_se": 0.1,
+                "time/sample": seconds,
+                "time/update": seconds,
+                "reward/correct": accuracy,
+            }
+            f.write(json.dumps(row) + "\n")
     return str(folder)
 
 
@@ -27,51 +35,109 @@ def draw(tmp_path, monkeypatch):
 
     def of(*arguments):
         plt.close("all")
-        monkeypatch.setattr(sys, "argv", ["plot.py", *arguments, "--out", str(tmp_path / "out.png")])
+        out = str(tmp_path / "out.png")
+        argv = ["plot.py", *arguments, "--out", out]
+        monkeypatch.setattr(sys, "argv", argv)
         plot.main()
-        assert os.path.getsize(tmp_path / "out.png") > 10_000
-        return {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in plt.gcf().axes[0].lines}
+        assert os.path.getsize(out) > 10_000
+        curves = {}
+        for line in plt.gcf().axes[0].lines:
+            x = list(line.get_xdata())
+            y = list(line.get_ydata())
+            curves[line.get_label()] = (x, y)
+        return curves
+
     yield of
     plt.close("all")
 
 
 def test_runs_and_seeds(tmp_path, draw):
-    """Forbids runs of one name drawn as one, seeds that are not averaged, and a curve beyond the shortest of its seeds."""
-    a, b = run(tmp_path / "a" / "toy-seed0", [0, 0.2]), run(tmp_path / "b" / "toy-seed0", [0, 0.6])
+    """Each run is one curve; with --seeds, its seeds are one averaged curve.
+
+    (Bugs: runs of one name drawn as one; seeds that are not averaged; a curve beyond
+    the shortest of its seeds.)
+    """
+    a = run(tmp_path / "a" / "toy-seed0", [0, 0.2])
+    b = run(tmp_path / "b" / "toy-seed0", [0, 0.6])
     c = run(tmp_path / "toy-seed1", [0, 0.4, 0.8])
-    assert sorted(y for _, y in draw(a, b).values()) == [[0, 0.2], [0, 0.6]]
+
+    same_name = draw(a, b)
+    heights = sorted(y for _, y in same_name.values())
+    assert heights == [[0, 0.2], [0, 0.6]]
+
     assert list(draw(a, c)) == ["toy-seed0", "toy-seed1"]
-    (label, (x, y)), = draw(a, c, "--seeds").items()
-    assert (label, x, y) == ("toy", [0, 1], pytest.approx([0, 0.3]))
+
+    [(label, (x, y))] = draw(a, c, "--seeds").items()
+    assert label == "toy"
+    assert x == [0, 1]
+    assert y == pytest.approx([0, 0.3])
 
 
 def test_seconds(tmp_path, draw):
-    """Forbids seconds of other runs than those a curve is made of: a shorter one that was never evaluated must not count."""
-    a, c = run(tmp_path / "toy-seed0", [0, 0.2]), run(tmp_path / "toy-seed1", [0, 0.4], seconds=2)
-    with open(run(tmp_path / "toy-seed2", []) + "/metrics.jsonl", "w") as f:
+    """A curve's seconds are those of the runs it is made of.
+
+    (Bug: seconds of other runs. A shorter run that was never evaluated must not count.)
+    """
+    a = run(tmp_path / "toy-seed0", [0, 0.2])
+    b = run(tmp_path / "toy-seed1", [0, 0.4], seconds=2)
+    never_evaluated = run(tmp_path / "toy-seed2", [])
+    with open(f"{never_evaluated}/metrics.jsonl", "w") as f:
         f.write(json.dumps({"step": 0, "time/sample": 1.0}) + "\n")
-    (x, y), = draw(a, c, str(tmp_path / "toy-seed2"), "--seeds", "--x", "seconds").values()
-    assert (x, y) == (pytest.approx([3, 6]), pytest.approx([0, 0.3]))
+    curves = draw(a, b, never_evaluated, "--seeds", "--x", "seconds")
+    [(x, y)] = curves.values()
+    assert x == pytest.approx([3, 6])
+    assert y == pytest.approx([0, 0.3])
 
 
 def test_a_log_in_the_writing(tmp_path, draw):
-    """Forbids a crash on a run that goes on: its last line may be cut."""
-    a = run(tmp_path / "toy", [0, 0.2])
-    with open(f"{a}/metrics.jsonl", "a") as f:
+    """A run that goes on is drawn without its last line, which may be cut.
+
+    (Bug: a crash on that line.)
+    """
+    folder = run(tmp_path / "toy", [0, 0.2])
+    with open(f"{folder}/metrics.jsonl", "a") as f:
         f.write('{"step": 2, "eval/m')
-    assert draw(a) == {"toy": ([0, 1], [0, 0.2])}
+    assert draw(folder) == {"toy": ([0, 1], [0, 0.2])}
 
 
-@pytest.mark.parametrize("arguments, says", [(["nowhere"], "not the folder of a run"), ([".", "--out", "x.gif"], "--out x.gif"), ([".", "--smooth", "0"], "--smooth")])
+REFUSED = [
+    (["nowhere"], "not the folder of a run"),
+    ([".", "--out", "x.gif"], "--out x.gif"),
+    ([".", "--smooth", "0"], "--smooth"),
+]
+
+
+@pytest.mark.parametrize("arguments, says", REFUSED)
 def test_what_cannot_be_drawn_is_one_line(monkeypatch, capsys, arguments, says):
+    """What cannot be drawn ends in status 2 and a message that says why."""
     monkeypatch.setattr(sys, "argv", ["plot.py", *arguments])
     with pytest.raises(SystemExit) as e:
         plot.main()
-    assert e.value.code == 2 and says in capsys.readouterr().err
+    assert e.value.code == 2
+    assert says in capsys.readouterr().err
+
+
+WITHOUT_MATPLOTLIB = """
+import sys
+sys.modules['matplotlib'] = None
+sys.argv = ['plot.py', sys.argv[1]]
+import plot
+plot.main()
+"""
 
 
 def test_without_matplotlib(tmp_path):
-    """Forbids a traceback where the optional package is missing."""
-    code = "import sys; sys.modules['matplotlib'] = None; sys.argv = ['plot.py', sys.argv[1]]; import plot; plot.main()"
-    done = subprocess.run([sys.executable, "-c", code, run(tmp_path / "toy", [0, 1])], capture_output=True, text=True, cwd=os.path.dirname(plot.__file__))
-    assert (done.returncode, done.stderr) == (2, "error: plot.py needs matplotlib: pip install matplotlib\n")
+    """Without the optional matplotlib there is one line of advice and status 2.
+
+    (Bug: a traceback.)
+    """
+    folder = run(tmp_path / "toy", [0, 1])
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_MATPLOTLIB, folder],
+        capture_output=True,
+        text=True,
+        cwd=os.path.dirname(plot.__file__),
+    )
+    assert done.returncode == 2
+    advice = "error: plot.py needs matplotlib: pip install matplotlib\n"
+    assert done.stderr == advice
