@@ -2,6 +2,7 @@
 import ast
 import glob
 import os
+import re
 import sys
 
 import pytest
@@ -91,3 +92,17 @@ def test_functions_are_short():
         arguments = node.args.posonlyargs + node.args.args + node.args.kwonlyargs
         parameters = [a.arg for a in arguments if a.arg != "self"]
         assert len(parameters) <= 6, f"{name} has {len(parameters)} parameters"
+
+
+def test_docs_name_tests_that_exist():
+    """docs/bugs.md names a test for each of its 27 bugs."""
+    with open(os.path.join(ROOT, "docs", "bugs.md"), encoding="utf-8") as f:
+        text = f.read()
+    tests = ""
+    for path in [*glob.glob(os.path.join(ROOT, "tests", "*.py")), os.path.join(ROOT, "test_gcpo.py")]:
+        with open(path, encoding="utf-8") as f:
+            tests += f.read()
+    numbers = [int(n) for n in re.findall(r"^\| (\d+) \|", text, flags=re.M)]
+    assert sorted(numbers) == list(range(1, 28))
+    for name in re.findall(r"`(test_\w+)`", text):
+        assert f"def {name}(" in tests, name
