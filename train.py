@@ -156,13 +156,13 @@ def train(run: Run, log, checkpoint: str | None = None, stopping=lambda: False):
     KeyboardInterrupt raised."""
     record = Record(run, log, checkpoint, stopping)    # evaluates, or loads the checkpoint
     for step in record.steps():
-        now = at_step(run, step)
+        stage = stage_of(run, step)
         for param_group in run.optimizer.param_groups:
             param_group["lr"] = learning_rate(step, run.config)
 
-        rollouts, items = collect(now, step, record.state)
+        rollouts, items = collect(stage, step, record.state)
         record.tick()
-        learned = learn(now, items)
+        learned = learn(stage, items)
         record.tick()
 
         record.measure(rollouts, items, learned)
@@ -173,8 +173,8 @@ def train(run: Run, log, checkpoint: str | None = None, stopping=lambda: False):
     return record.state.before, record.state.after
 
 
-def at_step(run: Run, step: int) -> Run:
-    """The run, or in its first steps (--sft-share) the same run with SFT's algorithm."""
+def stage_of(run: Run, step: int) -> Run:
+    """The run; in its first steps (--sft-share) with SFT in place of its algorithm."""
     if step < round(run.algorithm.sft_share * run.config.steps):
         return replace(run, algorithm=run.sft)
     return run
