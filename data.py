@@ -93,28 +93,32 @@ FORMATS: tuple[tuple[tuple[str, ...], Callable], ...] = (
 )
 
 
-def parse_record(record: dict, answer_format: str, answer_only_gold: bool) -> Problem | str:
-    """A Problem from one record, or what is wrong with it."""
+def parse_record(record, answer_format: str, answer_only_gold: bool, source: str = "") -> Problem:
+    """A Problem from one record. Raises InputError, which names `source`."""
+    def refuse(what):
+        raise InputError(f"{source}: {what}")
+
+    if not isinstance(record, dict):
+        refuse("not a JSON object")
     found = None
     for names, read in FORMATS:
         if found is None and all(record.get(name) is not None for name in names):
             found = read(record)
     if found is None:
         names = ", ".join(map(str, record)) or "none"
-        return (f"fields {names} are of no known format; the simplest is \"question\" and "
-                "\"answer\"")
+        refuse(f'fields {names} are of no known format; the simplest is "question" and "answer"')
     question = found.question if is_chat(found.question) else as_text(found.question)
     answer = as_text(found.answer)
     if question is None:
-        return "the question is empty or not text"
+        refuse("the question is empty or not text")
     if answer is None or not canonical(answer):
-        return "the answer is empty or not text"
+        refuse("the answer is empty or not text")
 
     final = FINAL_LINES[answer_format].format(answer)
     if record.get("gold") is not None:
         gold = as_text(record["gold"])
         if gold is None:
-            return "the gold is empty or not text"
+            refuse("the gold is empty or not text")
     elif isinstance(found.solution, str) and found.solution.strip():
         gold = re.sub(r"<<[^<>\n]*>>", "", found.solution).strip()    # GSM8K's calculator notes
         ends_well = answer_format == "boxed" and last_boxed(gold) and grade(gold, answer)
@@ -122,7 +126,7 @@ def parse_record(record: dict, answer_format: str, answer_only_gold: bool) -> Pr
             gold = f"{gold}\n{final}"
     else:
         gold = final if answer_only_gold else None
-    return Problem(question, answer, gold)
+    return Problem(question, answer, gold, source)
 
 
 def is_chat(question) -> bool:
@@ -151,16 +155,11 @@ def read_problems(
 ) -> list[Problem]:
     """Problems from .jsonl, .jsonl.gz or .json (a list), in any of FORMATS.
 
-    Gold is the data set's solution with the answer on a last line in `answer_format`, or the
-    record's own `gold`. Raises InputError with file and line."""
-    problems = []
-    for source, record in read_records(path):
-        problem = "not a JSON object"
-        if isinstance(record, dict):
-            problem = parse_record(record, answer_format, answer_only_gold)
-        if isinstance(problem, str):
-            raise InputError(f"{source}: {problem}")
-        problems.append(replace(problem, source=source))
+    Gold is the record's own `gold`, or its solution with the answer on a last line in
+    `answer_format` (unless it ends with that in a box already). Raises InputError with file and
+    line."""
+    problems = [parse_record(record, answer_format, answer_only_gold, source)
+                for source, record in read_records(path)]
     if not problems:
         raise InputError(f"{path}: no problems in it")
     return problems
@@ -241,6 +240,7 @@ class Tokenizer:
 def load_tokenizer(
     folder: str, answer_format: str = "hash", instruction: str | None = None,
 ) -> Tokenizer:
+    """Tokenizer's constructor, by the name that goes with load_model."""
     return Tokenizer(folder, answer_format, instruction)
 
 

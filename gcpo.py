@@ -16,23 +16,24 @@ and goes on as usual:
 
 One importance ratio per sequence (as in GSPO), no KL penalty, no value network, no reward model.
 
-We had the paper's abstract and its authors' summaries, not its method section. They settle four
-points: gold only if all rollouts fail, one rollout replaced, a sequence-level ratio, no KL.
+We had the paper's abstract and its authors' summaries, not its method section. They are clear on
+four points: gold only if all rollouts fail, one rollout replaced, a sequence-level ratio, no KL.
 Everything else is our choice, and a switch of `Algorithm`:
 
     gold_slot     a random wrong rollout gives way; `longest` would spare long failures their
                   negative gradient, which is a length bias
     gold_old      π_old of gold, which π_old never sampled, is the policy's own probability before
-                  the update: so gold's ratio starts at 1, like every other row's
+                  the batch's first update: gold's ratio starts at 1, like every other row's
     gold_shape    gold's ratio is not transformed (LUFFY's transform is there to compare)
-    gold_clip     gold's ratio may rise by 0.2: the first update of a batch often moves gold further
-                  than GSPO's 4e-4, and later updates would then give it no gradient
+    gold_clip     gold's ratio may rise by 0.2. With several updates a batch, those on other groups
+                  have often moved this gold by more than GSPO's 4e-4 when its turn comes; it would
+                  then have no gradient
     clip_low and clip_high are GSPO's, for a sequence ratio: 3e-4 and 4e-4
     scale         advantages are divided by the group's standard deviation, as in GRPO
     aggregation   the loss is a mean over rows of token means, as in GSPO
 
 Letters: G rows of one group, N rows of any groups stacked, P prompt length, T response length.
-Every function is pure, tensors in and tensors out; only the generator that draws gold's slot moves.
+No function writes into a tensor that it was given.
 """
 from __future__ import annotations
 
@@ -43,7 +44,7 @@ import torch
 from torch import Tensor
 
 
-ADVANTAGE_EPS = 1e-4    # keeps A finite if rewards differ by very little (GRPO as TRL computes it)
+ADVANTAGE_EPS = 1e-4    # damps A if rewards hardly differ (GRPO as TRL computes it)
 LOG_RATIO_LIMIT = 20.0  # e^20 is far outside any clip range, and still finite in every dtype
 SHAPE_GAMMA = 0.1       # LUFFY's γ (arXiv 2504.14945)
 
@@ -57,7 +58,7 @@ class Group:
     responses: Tensor  # (G, T) int64, right-padded; what stands in the padding does not matter
     lengths: Tensor    # (G,) int64, tokens of each response, its end token included
     finished: Tensor   # (G,) bool, True if the response ended by itself, not by the length limit
-    logprobs: Tensor   # (G, T) fp32, the sampler's, of each token as it was drawn: only a metric
+    logprobs: Tensor   # (G, T) fp32, the sampler's: only a metric (train.learn scores π_old anew)
     correct: Tensor    # (G,) bool, what gold substitution and pass@k look at
     rewards: Tensor    # (G,) fp32, what advantages look at
     is_gold: Tensor    # (G,) bool, True on a row that is the reference answer
@@ -80,7 +81,7 @@ def switch(default, text: str, choices: tuple = ()):
 class Algorithm:
     """Every choice of the family. An algorithm of the literature is one setting of the switches.
 
-    Raises ValueError, "switch=value: why", for a setting that no code would follow."""
+    Raises ValueError, "switch=value: why", for values that cannot be or contradict each other."""
     name: str
     paper: str = ""
 
@@ -90,7 +91,7 @@ class Algorithm:
     gold_slot: str = switch("random", "which wrong rollout gold replaces (any, if none is wrong)",
                             ("random", "longest", "first"))
     gold_old: str = switch("policy", "π_old of gold: the policy's own probability before the "
-                                     "update, or 1", ("policy", "one"))
+                                     "batch's first update, or 1", ("policy", "one"))
     gold_shape: str = switch("none", "ratio: gold's token ratios p become p / (p + 0.1), "
                                      "unclipped (LUFFY)", ("none", "ratio"))
     gold_clip: float | None = switch(None, "gold's own upper clip; none: gold is never clipped")
@@ -104,7 +105,7 @@ class Algorithm:
                                  "mean of its tokens')", ("sequence", "token"))
     clip_low: float = switch(0.2, "ε_low: no gradient once a bad row's ratio is below 1 − ε_low")
     clip_high: float = switch(0.2, "ε_high: none once a good row's ratio is above 1 + ε_high")
-    aggregation: str = switch("row_mean", "mean over rows of token means | mean over the step's "
+    aggregation: str = switch("row_mean", "mean over rows of token means | mean over the update's "
                                           "tokens | sum over (rows · max_new_tokens)",
                               ("row_mean", "token_mean", "fixed_length"))
     kl_coef: float = switch(0.0, "weight of a KL penalty of the rollouts against the frozen start "
@@ -118,8 +119,8 @@ class Algorithm:
     train_on: str = switch("rollouts", "rollouts: groups sampled from the policy; gold: gold "
                                        "answers alone (SFT)", ("rollouts", "gold"))
     sft_share: float = switch(0.0, "share of the steps, the first ones, that train on gold alone: "
-                                   "SFT, then RL (of the switches only --aggregation, if given, "
-                                   "acts on SFT)")
+                                   "SFT, then RL (SFT ignores the other switches, but for "
+                                   "--aggregation if it is given)")
     resample: str = switch("none", "dynamic: sample further problems until every group has right "
                                    "and wrong responses; history: at the end of each epoch drop "
                                    "problems whose rollouts were all right",
@@ -146,8 +147,8 @@ class Algorithm:
         if self.objective == "pairs" and self.train_on == "gold":
             raise ValueError("objective=pairs: gold alone (train_on=gold) makes no pairs")
         if self.objective == "pairs" and self.kl_coef > 0:
-            raise ValueError("kl_coef: with objective=pairs the reference model is in the loss "
-                             "already; leave it at 0")
+            raise ValueError(f"kl_coef={self.kl_coef}: with objective=pairs the reference model is "
+                             "in the loss already; leave it at 0")
         if self.gold_shape == "ratio" and self.gold_old != "one":
             raise ValueError("gold_shape=ratio: it shapes a probability, so it needs gold_old=one")
 
@@ -217,7 +218,7 @@ def substitute_gold(
     width = max(T, len(gold_ids))
     responses = group.responses.new_zeros(G, width)    # (G, width)
     responses[:, :T] = group.responses
-    responses[row, :len(gold_ids)] = gold_ids
+    responses[row, :len(gold_ids)] = gold_ids          # what is left of the old row is padding
     logprobs = group.logprobs.new_zeros(G, width)      # (G, width)
     logprobs[:, :T] = group.logprobs
     logprobs[row] = float("nan")
@@ -291,8 +292,8 @@ def log_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, level: str) 
     """log of the importance ratio π_θ / π_old of every token, (N, T).
 
     level="token": each token's own (GRPO, eq. 3). level="sequence": the mean over the row's tokens,
-    the same at every token of the row (GSPO, eq. 7): a ratio of whole responses, without their
-    length in it."""
+    the same at every token of the row (GSPO, eq. 7): a ratio of whole responses, normalised for
+    length."""
     difference = torch.where(mask, logprobs - old_logprobs, 0.0)    # (N, T)
     if level == "sequence":
         lengths = mask.sum(1, keepdim=True).clamp(min=1)            # (N, 1)
@@ -303,7 +304,7 @@ def log_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, level: str) 
 def importance_ratio(
     logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, is_gold: Tensor, algorithm: Algorithm,
 ) -> Tensor:
-    """The ratio that weighs each token, (N, T), with what the gold switches make of gold's rows."""
+    """The ratio that weighs each token, (N, T); gold's as gold_old and gold_shape say."""
     gold = is_gold[:, None]                                         # (N, 1)
     if algorithm.gold_old == "one":
         old_logprobs = torch.where(gold, 0.0, old_logprobs)         # log 1
@@ -338,14 +339,14 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     return torch.expm1(d) - d
 
 
-# ---- The two losses: the clipped surrogate, and DPO's of pairs -----------------------------------
+# ---- The loss ------------------------------------------------------------------------------------
 
 class LossContext(NamedTuple):
-    """What a loss must know beside its rows: the keyword arguments of both losses.
+    """What a loss must know beside its rows: the keyword arguments of policy_loss.
 
-    The totals are those of the whole optimizer step, over all processes and all groups, those
-    without contrast too. So losses of parts of a step add up to the loss of the step, however it
-    was cut, and a group weighs the same whether or not the groups beside it have contrast."""
+    The totals are those of the whole update (one optimizer step), over all processes and all
+    groups, those without contrast too. So losses of its parts add up to the loss of the update,
+    however it was cut, and a group weighs the same whether or not its neighbours have contrast."""
     total_rows: float
     total_tokens: float
     max_new_tokens: int | None = None       # for aggregation="fixed_length"
@@ -369,7 +370,7 @@ def policy_loss(
     1, and its gradient is not 0.
 
     Returns (loss, sums): a scalar to minimise, and scalars for the metrics. Both add up over the
-    parts of a step."""
+    parts of an update."""
     context = LossContext(**context)
     is_gold = context.is_gold
     if is_gold is None:
@@ -380,6 +381,8 @@ def policy_loss(
 
     ratio = importance_ratio(logprobs, old_logprobs, mask, is_gold, algorithm)       # (N, T)
     low, high = clip_range(is_gold, algorithm, logprobs.dtype)                       # (N, 1)
+    # At ratio 1 both are equal: autograd gives half of the gradient to each, and clamp passes its
+    # half on.
     surrogate = torch.minimum(ratio * advantage, ratio.clamp(low, high) * advantage)
     token_loss = -surrogate                                                          # (N, T)
     if algorithm.kl_coef > 0:
@@ -401,36 +404,6 @@ def policy_loss(
         sums = metric_sums(logprobs, old_logprobs, ratio, clipped, mask, is_gold)
         if algorithm.kl_coef > 0:
             sums["ref_kl"] = masked_sum(kl, mask & ~is_gold[:, None])
-    return loss, sums
-
-
-def pair_loss(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor,
-    algorithm: Algorithm, **context,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """DPO's loss (arXiv 2305.18290, eq. 7) inside one whole group; arguments as for policy_loss.
-
-    Each response above the group's mean reward (a right rollout, or gold) is chosen, each below it
-    rejected; the loss is the mean over all such pairs of
-
-        −log σ( β [ log π_θ/π_ref (chosen) − log π_θ/π_ref (rejected) ] )        sums over tokens
-
-    and over a step's groups the mean again, in which a group without pairs counts as 0."""
-    context = LossContext(**context)
-    logprobs = torch.where(mask, logprobs, 0.0)
-    old_logprobs = torch.where(mask, old_logprobs, 0.0)
-    ref_logprobs = torch.where(mask, context.ref_logprobs, 0.0)
-    margin = algorithm.beta * masked_sum(logprobs - ref_logprobs, mask, dim=1)      # (G,)
-    pairs = margin[advantages > 0][:, None] - margin[advantages < 0]    # (chosen, rejected)
-    mean = -torch.nn.functional.logsigmoid(pairs).sum() / max(1, pairs.numel())
-    loss = mean * len(advantages) / context.total_rows    # groups of a step have equal sizes
-
-    with torch.no_grad():
-        is_gold = context.is_gold
-        if is_gold is None:
-            is_gold = torch.zeros_like(advantages, dtype=torch.bool)
-        ratio = importance_ratio(logprobs, old_logprobs, mask, is_gold, algorithm)
-        sums = metric_sums(logprobs, old_logprobs, ratio, torch.zeros_like(mask), mask, is_gold)
     return loss, sums
 
 

@@ -6,7 +6,7 @@ The grader is strict on purpose, because training will find whatever it accepts 
                                                                 "answer is 18" or "answer: 18"
     numbers are compared exactly                                18 = $18.00, 3/4 = 0.75, 7 ≠ −7
     a unit or talk may follow a number                          18 apples; 18, which is correct
-    of an equation the right side counts                        x = 18, 12 + 6 = 18
+    the right side of an equation counts                        x = 18, 12 + 6 = 18
     anything else is compared as text without its formatting    $x+1$ = x + 1
 
     grade(response, answer) -> 1.0 or 0.0
@@ -25,7 +25,7 @@ FRACTION = rf"{NUMBER}\s*/\s*{NUMBER}"                                  # 3/4
 LATEX_FRACTION = r"-?\\frac\s*\{\s*-?\d+\s*\}\s*\{\s*-?\d+\s*\}"        # \frac{3}{4}
 
 # Words that change the number before them: 18 hundred, 3 or 4. Any other word is a unit or talk:
-# two letters or more (18 apples), an article and a word (18 a day), or m, g, s, h, l, L at the end.
+# two letters or more (18 apples), a word after a or I (18 a day), or m, g, s, h, l, L at the end.
 # A lone letter is more likely a variable (18 x).
 NOT_A_UNIT = (
     r"(?:or|and|to|hundred|thousand|million|billion|trillion|dozen|sqrt|pi|mod|choose)\b")
@@ -44,6 +44,7 @@ def normalise(text: str) -> str:
     text = text.replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac")
     text = re.sub(r"\\(?:text|mathrm|textbf|mathbf)\s*\{([^{}]*)\}", r" \1", text)
     text = re.sub(r"\\[!,]", "", text)                                      # 10,\!000
+    # \left, \right, LaTeX spaces, \( \) \[ \], $, %, **, ` and ~
     text = re.sub(r"\\left|\\right|\\[;: ()\[\]]|\\?\$|\\?%|\*\*|[`~]", " ", text)
     text = " ".join(text.split()).lstrip("* ").rstrip("*.:;, ")
     return re.sub(r"^-\s+(?=[\d.\\])", "-", text)                           # - 7
@@ -80,7 +81,7 @@ def canonical(answer: str) -> str:
         value = parse_number(leading[1])
         if value is not None:
             return str(value)
-    return re.sub(r"(?<!\d) | (?!\d)", "", text).casefold()
+    return re.sub(r"(?<!\d) | (?!\d)", "", text).casefold()    # a space stays between digits
 
 
 # ---- Finding the answer in a response ------------------------------------------------------------

@@ -12,8 +12,7 @@ Three rules make it fast, and exact:
     encode_prompts      the prompts alone, for groups too large for one pass (see Prefix)
 
 Letters: N rows (responses), T response length, M tokens laid end to end, B prompts, P prompt
-length, D width, H query heads, K key/value heads, S = H / K query heads that share a key head, d
-head size, V vocabulary.
+length, D width, H query heads, K key/value heads, d head size, V vocabulary.
 """
 from __future__ import annotations
 
@@ -127,8 +126,9 @@ def score_responses(
         last, hidden = run_with_prompts(model, prompts, attention, tokens, positions)
 
     states = torch.cat([last.index_select(0, prompt_of), hidden])               # (N + M, D)
-    rows = torch.cat([torch.arange(N, device=responses.device), inputs.rows])   # of what they
-    columns = torch.cat([torch.zeros_like(prompt_of), inputs.columns + 1])      # predict
+    # Row and column of the token that each state predicts
+    rows = torch.cat([torch.arange(N, device=responses.device), inputs.rows])
+    columns = torch.cat([torch.zeros_like(prompt_of), inputs.columns + 1])
     logprobs, entropy = linear_logprobs(
         states, model.output_weight, responses[rows, columns], temperature)     # (N + M,)
     grid = logprobs.new_zeros(N, T)
@@ -207,11 +207,13 @@ class LinearLogprobs(torch.autograd.Function):
         logprobs, entropies, logsumexps = [], [], []
         for chunk in LinearLogprobs.chunks(hidden, weight):
             logits = F.linear(hidden[chunk], weight)                              # (chunk, V)
-            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # never in bf16
+            # Logits may come in bf16; their softmax is never computed in it.
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
             if temperature != 1:
                 logits.div_(temperature)
             p = logits.softmax(-1)
-            # The log-sum-exp from the likeliest token: log p = logit − lse.
+            # log p = logit − lse, and p is there: so the likeliest token tells lse, without
+            # another pass over the vocabulary.
             likeliest = p.argmax(-1, keepdim=True)
             lse = logits.gather(1, likeliest) - p.gather(1, likeliest).log()      # (chunk, 1)
             target = logits.gather(1, targets[chunk, None])                       # (chunk, 1)

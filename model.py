@@ -2,7 +2,8 @@
 
 One block serves four families, which differ by switches: llama (arXiv 2407.21783; SmolLM2 is one),
 mistral (2310.06825), qwen2 (2412.15115; DeepSeek-R1-Distill-Qwen is one) and qwen3 (2505.09388).
-Modules carry the names their weights have in the files, so loading is a copy by name.
+Modules carry the names their weights have in the files (after a `model.`), so loading is a copy by
+name.
 
 What is particular here is `attend`. Attention is the one place where tokens see each other, so it
 is the one place that has to know how they are laid out: `model(tokens, attend=f)` calls
@@ -58,7 +59,7 @@ class ModelConfig:
 
 @functools.lru_cache(maxsize=8)
 def rope_frequencies(config: ModelConfig, device: torch.device) -> Tensor:
-    """Angles per position, (d/2,) fp32 (RoFormer, arXiv 2104.09864), scaled by `rope_scaling`."""
+    """Radians per position, (d/2,) fp32 (RoFormer, arXiv 2104.09864), scaled by `rope_scaling`."""
     d = config.head_dim
     freq = 1.0 / config.rope_theta ** (torch.arange(0, d, 2, dtype=torch.int64).float() / d)
     if config.rope_scaling and config.rope_scaling[0] == "linear":
@@ -150,7 +151,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Token ids in, hidden states out; `logits` makes numbers over the vocabulary of them."""
+    """Token ids in, hidden states out; `logits` turns those into vocabulary scores."""
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
@@ -185,10 +186,10 @@ class Transformer(nn.Module):
             attend = causal_attention
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)[None]    # (1, T)
-        x = self.embed_tokens(tokens)                                                # (N, T, D)
-        frequencies = rope_frequencies(self.config, tokens.device)                   # (d/2,)
-        angles = positions[:, None, :, None] * frequencies                           # … (T, d/2)
-        angles = torch.cat([angles, angles], dim=-1)                                 # (N, 1, T, d)
+        x = self.embed_tokens(tokens)                                          # (N, T, D)
+        frequencies = rope_frequencies(self.config, tokens.device)             # (d/2,)
+        angles = positions[:, None, :, None] * frequencies                     # (N, 1, T, d/2)
+        angles = torch.cat([angles, angles], dim=-1)                           # (N, 1, T, d)
         cos = angles.cos().to(x.dtype)
         sin = angles.sin().to(x.dtype)
         for block in self.layers:

@@ -1,10 +1,10 @@
 """Groups of rollouts from a key/value cache.
 
-The prompt of a group runs once (`prefill`); its G responses then grow together, one token a step
+The prompt of a group runs once (`prefill`); its G responses then grow together, one token at a time
 (`decode`), all reading the prompt's keys and values from one place. A row that ends leaves the
 batch at once, and waiting prompts enter as soon as G rows are free: neither finished rows nor
-padding go through the network. (On a GPU we look for finished rows only every 16 steps, because
-looking makes it wait for us.)
+padding go through the network. (A GPU does not like to be asked, nor new sizes: there we look for
+finished rows every 16 tokens only, and fill the batch up to a round number of rows.)
 
 Randomness belongs to the row, not to the batch. Each prompt has a generator, seeded from (seed,
 prompt id, repeat), that gives one uniform number per row and position; a token is where the
@@ -44,13 +44,12 @@ def inverse_cdf(weights: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     """weights (N, any) float64, not negative; u (N,) in [0, 1) -> index (N,) and rest (N,).
 
     The index is where the cumulative sum passes u of its total; `rest`, again in [0, 1], is where u
-    fell inside that interval. An index of weight 0 is never drawn: not at u = 0 (right=True), nor
-    at u = 1, which a `rest` can round to (the minimum)."""
+    fell inside that interval. An index of weight 0 is never drawn."""
     cdf = weights.cumsum(-1)
     total = cdf[:, -1:]
     target = u[:, None] * total
-    index = torch.searchsorted(cdf, target, right=True)
-    index = torch.minimum(index, (cdf < total).sum(-1, keepdim=True))
+    index = torch.searchsorted(cdf, target, right=True)                  # right: also at u = 0
+    index = torch.minimum(index, (cdf < total).sum(-1, keepdim=True))    # also at u rounded to 1
     width = weights.gather(1, index)
     rest = (target - (cdf.gather(1, index) - width)) / width
     return index[:, 0], rest[:, 0].clamp(0, 1)
@@ -112,7 +111,7 @@ class Row(NamedTuple):
     """A row in flight, as the host knows it."""
     prompt: int     # whose response it is
     place: int      # 0 … G − 1 in its group
-    entered: int    # the step at which it got its first token
+    entered: int    # Batch.now when it got its first token
 
 
 class Response(NamedTuple):
@@ -127,9 +126,10 @@ class Response(NamedTuple):
 class Batch:
     """Rows that are being sampled, and the keys and values they attend to.
 
-    A prompt in flight has a *seat*, and each of its G rows a *place* there. Rows 0 … N − 1 are
-    alive and lie compact: one that leaves is overwritten by the last. Prompts' keys are stored by
-    seat, a row's own keys by row; slot = seat · G + place leads from a row to its prompt.
+    row     a response that is being sampled: 0 … N − 1, compact; the last takes a leaver's number
+    seat    a prompt in flight, 0 … B − 1, compact likewise; its keys and values are stored by seat
+    place   a row's number in its group, 0 … G − 1
+    slot    seat · G + place: leads from a row to its prompt
 
         G = 2      place 0   place 1        prompt cache     own cache, by row
         seat 0      row 0     row 3         P columns        row 0   slot 0   T columns
@@ -138,9 +138,9 @@ class Batch:
                                                              row 3   slot 1
         (– : a row that has ended)                           row 4   slot 4
 
-    Keys lie transposed, (…, d, columns), as the score product wants them. What a step reads and
-    writes lies in fixed tensors on the device, so that a GPU can replay a recorded step. What the
-    host needs to know it keeps in lists of its own: reading the device would make it wait."""
+    Keys lie transposed, (…, d, columns), as the score product wants them. What decoding reads and
+    writes lies in fixed tensors on the device, so that a GPU can replay what it has recorded. What
+    the host needs to know it keeps in lists of its own: reading the device would stall both."""
     def __init__(
         self, model: Transformer, rows: int, seats: int, group_size: int, max_new_tokens: int,
         sampling: Sampling,
@@ -173,7 +173,7 @@ class Batch:
         self.stop_ids = torch.tensor(sorted(sampling.stop_ids), dtype=torch.int64, device=device)
 
         # On the host
-        self.now = 0                             # steps so far
+        self.now = 0                             # tokens decoded so far, of any row
         self.rows: list[Row] = []                # those alive
         self.alive_in: list[int] = []            # of each seat: its rows alive
         self.seat_lengths: list[int] = []        # of each seat: its prompt's length
@@ -230,22 +230,22 @@ class Batch:
         logits = self.model.logits(prefix.last)                              # (B, V)
         self.add_token(logits.repeat_interleave(self.G, dim=0), rows)
 
-    def decode(self, steps: int) -> None:
-        """`steps` more tokens for every row, without asking the device for anything."""
-        self.resize(self.own, self.longest + steps - 1)
-        # Rows that are not alive advance too, when a recorded step is replayed: set them back so
-        # that they never index past the cache.
+    def decode(self, count: int) -> None:
+        """`count` more tokens for every row, without asking the device for anything."""
+        self.resize(self.own, self.longest + count - 1)
+        # Rows that are not alive advance too, if the batch is filled up: set them back so that they
+        # never index past the cache.
         self.length[len(self.rows):] = 1
         N = min(round_up(len(self.rows), self.rounding.rows), self.max_rows)
         B = min(round_up(len(self.alive_in), self.rounding.seats), self.max_seats)
-        for _ in range(steps):
+        for _ in range(count):
             if self.recorder:
-                self.recorder.run(self.step, N, B)
+                self.recorder.run(self.decode_one, N, B)
             else:
-                self.step(N, B)
-        self.now += steps
+                self.decode_one(N, B)
+        self.now += count
 
-    def step(self, N: int, B: int) -> None:
+    def decode_one(self, N: int, B: int) -> None:
         """One more token for rows 0 … N − 1, whose prompts sit in seats 0 … B − 1."""
         row = torch.arange(N, device=self.device)
         at = self.length[:N] - 1                     # (N,) place of the token to run, in own cache
@@ -257,7 +257,7 @@ class Batch:
         self.add_token(self.model.logits(hidden[:, 0]), slice(0, N))
 
     def attention(self, row: Tensor, at: Tensor, prompt_length: Tensor, B: int):
-        """attend(layer, q, k, v) for one step: each row reads its prompt and its own past.
+        """attend(layer, q, k, v) for one token: each row reads its prompt and its own past.
 
         To read a prompt's keys once for all its rows, queries move from rows (N) to the grid of
         seats × places (B, G) and back. For the picture above (N = 5, B = 3, G = 2), with one head:

@@ -17,9 +17,10 @@ import torch
 
 from gcpo import (
     ALGORITHMS, Algorithm, Group, gold_group, group_advantages, kl_estimate, log_ratio,
-    overlong_penalty, pair_loss, policy_loss, substitute_gold)
+    overlong_penalty, policy_loss, substitute_gold)
 from logprobs import token_logprobs
 from model import Transformer, read_config
+from support.dpo import pair_loss
 from support.options import Config
 from train import Item, Run, update
 

@@ -13,8 +13,9 @@ Read from top to bottom, it goes down the stairs once:
     backward  the gradient of a few groups
 
 Two models appear everywhere. The *master* is the fp32 weights that AdamW steps. The *policy* is
-what samples and scores: a bf16 copy of the master where bf16 is faster, else the master itself
-(support/policy.py). With torchrun, every process runs this file on its part of the step's problems
+what samples and scores: a bf16 copy of the master where bf16 is faster, else the master itself. A
+copy hands each gradient on to the master as soon as backward has computed it (support/policy.py, 46
+lines). With torchrun, every process runs this file on its part of the step's problems
 (support/parallel.py).
 """
 from __future__ import annotations
@@ -31,8 +32,8 @@ import torch
 
 from data import Problem, Tokenizer, grade_group, load_tokenizer, prepare, read_problems
 from gcpo import (
-    ALGORITHMS, Algorithm, Group, gold_group, group_advantages, overlong_penalty, pair_loss,
-    policy_loss, substitute_gold)
+    ALGORITHMS, Algorithm, Group, gold_group, group_advantages, overlong_penalty, policy_loss,
+    substitute_gold)
 from grader import Reward
 from logprobs import encode_prompts, score_responses
 from model import Transformer, load_model, read_config
@@ -42,6 +43,7 @@ from support.batches import micro_batches, row_batches, stack_rows
 from support.checkpoint import State
 from support.common import InputError, exit_cleanly, pick_dtype
 from support.cpu import keep_freed_memory
+from support.dpo import pair_loss
 from support.options import (
     Config, learning_rate, load_reward, parse_flags, place_run, set_up_process, sft_stage)
 from support.policy import make_policy, refresh_policy
@@ -51,7 +53,7 @@ from support.toy import removed_on_error
 
 @dataclass
 class Run:
-    """What belongs together: everything that collect, learn, update and evaluation need."""
+    """The models, data and settings of one run: what collect, learn, update and evaluation need."""
     config: Config
     algorithm: Algorithm
     master: Transformer
@@ -183,12 +185,12 @@ def stage_of(run: Run, step: int) -> Run:
 # ---- The groups of a step ------------------------------------------------------------------------
 
 def collect(run: Run, step: int, state: State) -> tuple[list[Group], list[Item]]:
-    """This process's part of the step: groups as sampled, and items to train on.
+    """This process's part of the step: groups as they were sampled, and items to train on.
 
-    They differ in gold, and with dynamic sampling (DAPO, arXiv 2503.14476, eq. 11): then groups all
-    right or all wrong are left out, and further problems tried, in `max_tries` rounds at most. If
-    some are still missing, the latest of those left out fill up, without advantages.
-    SFT samples nothing; a problem without gold leaves its position empty."""
+    Items have gold put in. With dynamic sampling (DAPO, arXiv 2503.14476, eq. 11) they are also
+    fewer: groups all right or all wrong are left out, and further problems tried, in `max_tries`
+    rounds at most. If some are still missing, the latest of those left out fill up, without
+    advantages. SFT samples nothing; a problem without gold leaves its position empty."""
     config = run.config
     if run.algorithm.train_on == "gold":
         numbers = next_problems(config.prompts, len(run.problems), state, config.seed)
@@ -212,7 +214,7 @@ def collect(run: Run, step: int, state: State) -> tuple[list[Group], list[Item]]
                 spare.append(replace(item, advantages=torch.zeros_like(item.advantages)))
             else:
                 kept.append(item)
-        filled, = parallel.all_sum(len(kept))
+        [filled] = parallel.all_sum(len(kept))
         if filled == config.prompts:
             break
     return rollouts, renumber(kept, spare, config.prompts)
@@ -226,8 +228,9 @@ def next_problems(count: int, size: int, state: State, seed: int) -> list[int]:
     began. If every problem is solved, none is left out."""
     chosen = []
     while len(chosen) < count:
+        dropped = set(state.dropped)
         order = random.Random(f"{seed}/{state.epoch}").sample(range(size), size)
-        order = [n for n in order if n not in set(state.dropped)]
+        order = [n for n in order if n not in dropped]
         if state.taken >= len(order):
             # Start the next epoch here, not at the end of the last step, so that `solved` already
             # has the last step's results.
@@ -260,8 +263,8 @@ def sample_and_grade(run: Run, step: int, numbers: list[int], first: int, state:
         groups.append(group)
         outcomes.append((number, bool(group.correct.all())))
         if p.gold_ids is not None:
-            slot = prompt_generator((config.seed, step, 1), position, 0)    # draws who gives way
-            group = substitute_gold(group, p.gold_ids, algorithm, slot, p.gold_reward)
+            generator = prompt_generator((config.seed, step, 1), position, 0)
+            group = substitute_gold(group, p.gold_ids, algorithm, generator, p.gold_reward)
         items.append(Item(position, p, group, group_advantages(group.rewards, algorithm.scale)))
     if algorithm.resample == "history":
         outcomes = sum(parallel.all_gather(outcomes), [])
@@ -285,6 +288,7 @@ def renumber(kept: list[Item], spare: list[Item], count: int) -> list[Item]:
 
 def learn(run: Run, items: list[Item]) -> Learned:
     """All updates of a step, each on its minibatch: equal parts of the step's groups, in order.
+    Each group is used in exactly one update.
 
     π_old is scored before the first update moves the weights. The first update needs none: there
     the policy is still π_old. Nor does SFT, whose ratio is 1 by definition."""
@@ -363,43 +367,44 @@ def backward(run: Run, items: list[Item], total_rows: int, total_tokens: int) ->
 
     If the groups have more than `rows_per_pass` rows, the prompt runs apart, and the rows a few at
     a time (see logprobs.Prefix): the gradient of a single pass, with the memory of a few rows. With
-    --shard, every process must make the same passes, so the prompt runs again with each part."""
+    --shard, every process must make the same passes, so the prompt runs again in each."""
     config, algorithm = run.config, run.algorithm
     sharded = parallel.is_sharded(run.master)
-    model = run.master if sharded else run.policy
+    model = run.master if sharded else run.policy    # of shards, FSDP computes the gradient itself
     loss_of = pair_loss if algorithm.objective == "pairs" else policy_loss
-    prompts = [i.group.prompt for i in items]
-    parts = row_batches(items, config.rows_per_pass, model.device)
-    if algorithm.objective == "pairs" and len(items) + len(parts) > 2:
+    passes = row_batches(items, config.rows_per_pass, model.device)
+    if algorithm.objective == "pairs" and (len(items), len(passes)) != (1, 1):
         raise ValueError("backward: a pair's loss needs both its rows, and no other group's: "
                          "rows_per_pass must be the group size")
-    prefix = None
-    if len(parts) > 1 and not sharded:
+    prompts = [i.group.prompt for i in items]
+    apart = len(passes) > 1 and not sharded
+    if apart:
         prefix = encode_prompts(model, prompts)
-        prompts = prefix.cut()
+        leaves = prefix.cut()
+        prompts = leaves
 
     sums = Counter()
-    for rows in parts:
+    for rows in passes:
         logprobs, entropy = score_responses(                                         # (N, T)
             model, prompts, rows.prompt_of, rows.responses, rows.lengths, config.temperature)
         old_logprobs = rows.old_logprobs
         if old_logprobs is None:
             old_logprobs = logprobs.detach()
-        loss, part = loss_of(
+        loss, metrics = loss_of(
             logprobs, old_logprobs, rows.advantages, rows.mask, algorithm,
             total_rows=total_rows, total_tokens=total_tokens,
             max_new_tokens=config.max_new_tokens, is_gold=rows.is_gold,
             ref_logprobs=rows.ref_logprobs)
-        loss.backward()
+        loss.backward()    # a policy that is a copy hands the gradient on to the master
         own = rows.mask & ~rows.is_gold[:, None]
-        part["loss"] = loss.detach()
-        part["entropy"] = entropy[own].sum()
-        part["mismatch"] = (rows.logprobs - old_logprobs)[own].abs().sum()
-        values = torch.stack([x.double() for x in part.values()]).tolist()    # one wait for a GPU
-        sums.update(dict(zip(part, values)))
+        metrics["loss"] = loss.detach()
+        metrics["entropy"] = entropy[own].sum()
+        metrics["mismatch"] = (rows.logprobs - old_logprobs)[own].abs().sum()
+        values = torch.stack([x.double() for x in metrics.values()]).tolist()    # one wait
+        sums.update(dict(zip(metrics, values)))
         sums["passes"] += 1
-    if prefix:
-        prefix.backward(prompts)
+    if apart:
+        prefix.backward(leaves)
     return sums
 
 

@@ -235,12 +235,10 @@ def fit_together(config: Config, algorithm: Algorithm, given: dict) -> Config:
             print("note: with objective pairs a whole group is a pass: "
                   f"--rows-per-pass {config.group_size}", file=sys.stderr)
         config = replace(config, rows_per_pass=config.group_size)
-    if algorithm.train_on == "gold":
-        acting = ("train_on", "aggregation")
-        idle = [name for name in given if name in SWITCHES and name not in acting]
-        if idle:
-            flags = ", ".join("--" + name.replace("_", "-") for name in idle)
-            print(f"note: trained on gold alone, a run does not look at {flags}", file=sys.stderr)
+    idle = [name for name in given if name in idle_switches(algorithm)]
+    if idle:
+        flags = ", ".join("--" + name.replace("_", "-") for name in idle)
+        print(f"note: with these settings the run does not look at {flags}", file=sys.stderr)
     widest = max(algorithm.clip_low, algorithm.clip_high)
     drowned = algorithm.level == "sequence" and widest < BF16_RATIO_NOISE
     if config.updates > 1 and drowned:    # rounding alone would clip nearly every sequence
@@ -251,6 +249,21 @@ def fit_together(config: Config, algorithm: Algorithm, given: dict) -> Config:
                   "rounding noise, more than the clip range; use --dtype float32 or wider "
                   "--clip-low and --clip-high", file=sys.stderr)
     return config
+
+
+def idle_switches(algorithm: Algorithm) -> set[str]:
+    """Switches that change nothing, beside those that are set."""
+    if algorithm.train_on == "gold":
+        return SWITCHES - {"train_on", "aggregation"}
+    idle = set()
+    if algorithm.objective == "pairs":
+        idle |= {"level", "clip_low", "clip_high", "aggregation", "scale"}
+        idle |= {"gold_old", "gold_shape", "gold_clip"}
+    if algorithm.gold_shape == "ratio":
+        idle |= {"gold_clip"}
+    if algorithm.gold_when == "never":
+        idle |= {"gold_slot", "gold_old", "gold_shape", "gold_clip"}
+    return idle
 
 
 def as_command(config: Config, given: dict) -> str:
