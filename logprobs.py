@@ -160,13 +160,13 @@ def run_with_prompts(
         prompt_k, k = k.split(sizes, dim=2)
         prompt_v, v = v.split(sizes, dim=2)
         out = [read_prompts(prompt_q, prompt_k, prompt_v)]
-        if len(tokens):
+        if sizes[1]:
             out.append(attention(q, k, v, ragged.pad(prompt_k), ragged.pad(prompt_v)))
         return torch.cat(out, dim=2)
 
-    tokens = torch.cat([*(p.to(tokens.device) for p in prompts), tokens])
-    positions = torch.cat([ragged.columns, positions])
-    hidden = model(tokens[None], attend=attend, positions=positions[None])[0]
+    all_tokens = torch.cat([*(p.to(tokens.device) for p in prompts), tokens])
+    all_positions = torch.cat([ragged.columns, positions])
+    hidden = model(all_tokens[None], attend=attend, positions=all_positions[None])[0]
     prompt_hidden, hidden = hidden.split(sizes)
     return prompt_hidden.index_select(0, lengths.cumsum(0) - 1), hidden
 
