@@ -240,7 +240,6 @@ class Tokenizer:
 def load_tokenizer(
     folder: str, answer_format: str = "hash", instruction: str | None = None,
 ) -> Tokenizer:
-    """Tokenizer's constructor, by the name that goes with load_model."""
     return Tokenizer(folder, answer_format, instruction)
 
 

@@ -25,9 +25,8 @@ Everything else is our choice, and a switch of `Algorithm`:
     gold_old      π_old of gold, which π_old never sampled, is the policy's own probability before
                   the batch's first update: gold's ratio starts at 1, like every other row's
     gold_shape    gold's ratio is not transformed (LUFFY's transform is there to compare)
-    gold_clip     gold's ratio may rise by 0.2. With several updates a batch, those on other groups
-                  have often moved this gold by more than GSPO's 4e-4 when its turn comes; it would
-                  then have no gradient
+    gold_clip     gold's ratio may rise by 0.2: earlier updates of a batch, on other groups, often
+                  move it by more than GSPO's 4e-4, and gold would then have no gradient
     clip_low and clip_high are GSPO's, for a sequence ratio: 3e-4 and 4e-4
     scale         advantages are divided by the group's standard deviation, as in GRPO
     aggregation   the loss is a mean over rows of token means, as in GSPO
@@ -59,7 +58,7 @@ class Group:
     lengths: Tensor    # (G,) int64, tokens of each response, its end token included
     finished: Tensor   # (G,) bool, True if the response ended by itself, not by the length limit
     logprobs: Tensor   # (G, T) fp32, the sampler's: only a metric (train.learn scores π_old anew)
-    correct: Tensor    # (G,) bool, what gold substitution and pass@k look at
+    correct: Tensor    # (G,) bool, what gold substitution looks at; gold itself is correct too
     rewards: Tensor    # (G,) fp32, what advantages look at
     is_gold: Tensor    # (G,) bool, True on a row that is the reference answer
 

@@ -4,7 +4,8 @@ Three rules make it fast, and exact:
 
     a prompt runs once for all responses of its group, which read its keys and values;
     padding never runs: rows of different lengths are laid end to end, and only attention puts
-    each token back in its row (support/ragged.py);
+    each token back in its row (support/ragged.py: Ragged says each token's row and column, and
+    pads or flattens; RaggedAttention attends);
     logits never exist as a whole: the last layer goes chunk by chunk, in forward and in backward.
 
     token_logprobs      one prompt, its responses: for tests and for your own code
@@ -71,10 +72,10 @@ def encode_prompts(model: Transformer, prompts: list[Tensor]) -> Prefix:
     lengths = lengths_of(prompts, model.device)
     ragged = Ragged(lengths, max(len(p) for p in prompts))
     attention = RaggedAttention(lengths, model.config.num_attention_heads)
-    keys = {}      # by layer, as gradient checkpointing will run `attend` again
+    keys = {}      # not lists: gradient checkpointing calls `attend` again, in backward
     values = {}
 
-    def attend(layer, q, k, v):
+    def attend(layer, q, k, v):                               # (1, heads, M, d) each
         keys[layer] = ragged.pad(k)
         values[layer] = ragged.pad(v)
         return attention(q, k, v)
@@ -99,7 +100,8 @@ def score_responses(
 
     responses (N, T) right-padded; lengths (N,) of 1 or more; prompt_of (N,), the prompt 0 … B − 1
     that each row answers. `prompts` are token ids (P,), which then go through the network in the
-    same pass as the responses, or what `encode_prompts` made of them.
+    same pass as the responses, or what `encode_prompts` made of them. Logits are divided by
+    `temperature`.
 
     Returns logprobs (N, T) fp32, with gradient to the weights and to a Prefix, and entropy (N, T)
     fp32 in nats, without gradient. Both are 0 in the padding.
@@ -126,7 +128,7 @@ def score_responses(
         last, hidden = run_with_prompts(model, prompts, attention, tokens, positions)
 
     states = torch.cat([last.index_select(0, prompt_of), hidden])               # (N + M, D)
-    # Row and column of the token that each state predicts
+    # Of the token that each state predicts: first column 0 of every row, then the column after
     rows = torch.cat([torch.arange(N, device=responses.device), inputs.rows])
     columns = torch.cat([torch.zeros_like(prompt_of), inputs.columns + 1])
     logprobs, entropy = linear_logprobs(
@@ -218,7 +220,8 @@ class LinearLogprobs(torch.autograd.Function):
             lse = logits.gather(1, likeliest) - p.gather(1, likeliest).log()      # (chunk, 1)
             target = logits.gather(1, targets[chunk, None])                       # (chunk, 1)
             logprobs.append((target - lse)[:, 0])
-            mean_logit = (p[:, None] @ logits[:, :, None])[:, 0, 0]               # Σ p · logit
+            # Σ p · logit, as a product: without a (chunk, V) tensor of its terms
+            mean_logit = (p[:, None] @ logits[:, :, None])[:, 0, 0]
             entropies.append(lse[:, 0] - mean_logit)                              # −Σ p log p
             logsumexps.append(lse)
         entropy = torch.cat(entropies)
@@ -237,7 +240,8 @@ class LinearLogprobs(torch.autograd.Function):
             logits = F.linear(hidden[chunk], weight)                              # (chunk, V)
             p = torch.add(-logsumexp[chunk], logits, alpha=1 / ctx.temperature).exp_()
             p.scatter_add_(1, targets[chunk, None], p.new_full((len(p), 1), -1.0))
-            grad_logits = logits.copy_(p.mul_(-grad[chunk, None] / ctx.temperature))
+            p.mul_(-grad[chunk, None] / ctx.temperature)
+            grad_logits = logits.copy_(p)                                         # in their place
             torch.mm(grad_logits, weight, out=grad_hidden[chunk])
             if not ctx.needs_input_grad[1]:
                 continue

@@ -2,7 +2,7 @@
 
 The prompt of a group runs once (`prefill`); its G responses then grow together, one token at a time
 (`decode`), all reading the prompt's keys and values from one place. A row that ends leaves the
-batch at once, and waiting prompts enter as soon as G rows are free: neither finished rows nor
+batch at once, and waiting prompts enter as soon as there is room: neither finished rows nor
 padding go through the network. (A GPU does not like to be asked, nor new sizes: there we look for
 finished rows every 16 tokens only, and fill the batch up to a round number of rows.)
 
@@ -163,7 +163,7 @@ class Batch:
         def zeros(*shape, dtype=torch.int64):
             return torch.zeros(shape, dtype=dtype, device=device)
 
-        self.prompt_length = zeros(seats + 1)
+        self.prompt_length = zeros(seats + 1)    # one more, for rows that are not alive
         self.slot = zeros(rows) + seats * group_size
         self.length = zeros(rows)                # tokens so far
         self.ended = zeros(rows, dtype=torch.bool)
@@ -246,9 +246,9 @@ class Batch:
         self.now += count
 
     def decode_one(self, N: int, B: int) -> None:
-        """One more token for rows 0 … N − 1, whose prompts sit in seats 0 … B − 1."""
+        """One more token for rows 0 … N − 1 (those alive, filled up), with prompts in B seats."""
         row = torch.arange(N, device=self.device)
-        at = self.length[:N] - 1                     # (N,) place of the token to run, in own cache
+        at = self.length[:N] - 1    # (N,) column of the token to run, which the cache lacks yet
         prompt_length = self.prompt_length[self.slot[:N] // self.G]                  # (N,)
         attend = self.attention(row, at, prompt_length, B)
         hidden = self.model(                                                         # (N, 1, D)
@@ -265,6 +265,8 @@ class Batch:
             to_grid   = [0, 3, 1, 0, 4, 2]    the row at each slot; 0 where there is none,
                                               and what is computed there is never read
             from_grid = [0, 2, 5, 1, 4]       the slot of each row
+
+        With K heads, row r's head h is at r·K + h, and slot s's at (seat·K + h)·G + place.
         """
         N, G = len(row), self.G
         K = self.model.config.num_key_value_heads
@@ -297,11 +299,11 @@ class Batch:
             d = q.shape[3]
             own_k = self.own.k[layer][:N]                                            # (N, K, d, T)
             own_v = self.own.v[layer][:N]                                            # (N, K, T, d)
-            own_k[row, :, :, at] = k[:, :, 0]
+            own_k[row, :, :, at] = k[:, :, 0]    # two index tensors: their axis comes first
             own_v[row, :, at] = v[:, :, 0]
             q = q.reshape(N, K, -1, d)                                               # (N, K, S, d)
             on_prompt = out_of_grid(into_grid(q) @ self.of_prompts.k[layer][:B])     # (N, K, S, P)
-            scores = torch.cat([on_prompt, q @ own_k], dim=-1)                       # … P + T
+            scores = torch.cat([on_prompt, q @ own_k], dim=-1)                   # (N, K, S, P + T)
             weights = torch.add(mask, scores, alpha=d**-0.5).softmax(-1).to(q.dtype)
             on_own = weights[..., P:].contiguous()                                   # (N, K, S, T)
             out = out_of_grid(into_grid(weights[..., :P]) @ self.of_prompts.v[layer][:B])
@@ -351,7 +353,7 @@ class Batch:
 def prompt_generator(seed, prompt_id: int, repeat: int) -> torch.Generator:
     """The random stream of one prompt; `seed` is a number, or several: (seed, step)."""
     seeds = seed if isinstance(seed, (tuple, list)) else (seed,)
-    # The 1 at the end, because numpy takes (0, 1) and (0, 1, 0) for the same.
+    # The 1 at the end, because numpy takes (0, 1) and (0, 1, 0) for the same; >> 1 for int64.
     sequence = np.random.SeedSequence([*seeds, prompt_id, repeat, 1])
     return torch.Generator().manual_seed(int(sequence.generate_state(1, np.uint64)[0] >> 1))
 

@@ -55,7 +55,7 @@ def show(run: Run) -> None:
     print(f"prompt     {len(item.group.prompt)} tokens, not part of the loss")
     print_table(run, item, before, after)
     if norm is None:
-        print("\nno contrast: every advantage is 0, and there is no step")
+        print("\nevery advantage is 0, so there is no step")
     else:
         print(f"\nloss {sums['loss']:.4f} ({why(run)}), gradient norm {norm:.3g}, learning rate "
               f"{run.config.lr:g} (in training it is warmed up to)")
@@ -88,6 +88,8 @@ def why(run: Run) -> str:
         return "−1 by construction, ratio times advantage"
     if run.algorithm.objective == "pairs":
         return "log 2 where a model is its own reference"
+    if run.algorithm.aggregation != "row_mean":
+        return "near 0: ratios are 1 and advantages add up to 0, but long rows weigh more"
     return "about 0 for a mean over rows, as ratios are 1 and advantages add up to 0"
 
 

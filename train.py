@@ -95,8 +95,7 @@ def main():
     keep_freed_memory()
     config, algorithm, given = parse_flags()
     if config.show:
-        folder = os.path.dirname(os.path.abspath(__file__))
-        return runpy.run_path(os.path.join(folder, "show.py"), run_name="__main__")
+        return runpy.run_path(os.path.join(runlog.ROOT, "show.py"), run_name="__main__")
     device = set_up_process(config)
     config = place_run(config, algorithm)
     with removed_on_error(config):
@@ -187,10 +186,11 @@ def stage_of(run: Run, step: int) -> Run:
 def collect(run: Run, step: int, state: State) -> tuple[list[Group], list[Item]]:
     """This process's part of the step: groups as they were sampled, and items to train on.
 
-    Items have gold put in. With dynamic sampling (DAPO, arXiv 2503.14476, eq. 11) they are also
-    fewer: groups all right or all wrong are left out, and further problems tried, in `max_tries`
-    rounds at most. If some are still missing, the latest of those left out fill up, without
-    advantages. SFT samples nothing; a problem without gold leaves its position empty."""
+    Items have gold put in. An item whose advantages are 0 is not learned from, but counts in the
+    totals. With dynamic sampling (DAPO, arXiv 2503.14476, eq. 11) groups all right or all wrong are
+    replaced by those of further problems, in `max_tries` rounds at most; if some are still missing,
+    the latest of them fill up, with advantages 0. SFT samples nothing; a problem without gold
+    leaves its position empty."""
     config = run.config
     if run.algorithm.train_on == "gold":
         numbers = next_problems(config.prompts, len(run.problems), state, config.seed)
@@ -245,8 +245,8 @@ def next_problems(count: int, size: int, state: State, seed: int) -> list[int]:
 
 
 def sample_and_grade(run: Run, step: int, numbers: list[int], first: int, state: State):
-    """Groups of some problems, as sampled and graded, and the items made of them. `numbers` are
-    the problems', for all processes; their positions in the step begin at `first`."""
+    """Groups of some problems, as sampled and graded, and the item made of each. `numbers` are the
+    problems', for all processes; their positions in the step begin at `first`."""
     config, algorithm = run.config, run.algorithm
     mine = parallel.my_part([(first + i, n, run.problems[n]) for i, n in enumerate(numbers)])
     # A random stream for each position, not each problem, which may come twice in a step.

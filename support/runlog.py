@@ -178,7 +178,8 @@ def last_words(run, before: float | None, after: float | None) -> None:
             words += ["--reward", config.reward, "--correct-at", str(config.correct_at)]
         print(f"evaluate {shlex.join(words)}")
     if config.model == os.path.join(config.out, "toy", "model"):
-        other, how = ("grpo", "without") if run.algorithm.name != "grpo" else ("gcpo", "with")
+        has_gold = run.algorithm.gold_when != "never" or run.algorithm.train_on == "gold"
+        other, how = ("grpo", "without") if has_gold else ("gcpo", "with")
         print(f"next     {python} train.py --algo {other}   the same weights and budget, {how} "
               "gold")
         print(f"         {python} train.py --model DIR --data FILE   your own model and problems")
