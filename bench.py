@@ -1,17 +1,24 @@
-"""Speed and memory, side by side with a peer in one run: the one place where they are measured.
+"""Speed and memory, beside a peer in the same run: the one place where they are measured.
 
-    python bench.py sample --model DIR --data FILE              sampling, against transformers' generate
-    python bench.py update --model DIR --data FILE              forward and backward of an update, against full padded sequences
-    python bench.py step   --model DIR --data FILE --peer trl   whole training steps, against TRL's GRPOTrainer
-    python bench.py memory --model DIR --data FILE              peak memory of one update of full-length responses
-    python bench.py grow                                        how cost grows with G, response length, rows, and model size
+    python bench.py sample --model DIR --data FILE
+        sampling, beside transformers' generate
+    python bench.py update --model DIR --data FILE
+        forward and backward of an update, beside full padded sequences
+    python bench.py step --model DIR --data FILE
+        whole training steps, beside TRL's GRPOTrainer
+    python bench.py memory --model DIR --data FILE
+        peak memory of one update of full-length responses
+    python bench.py grow
+        how cost grows with G, response length, rows, and model size
 
-Machines are shared and noisy: each side is a process of its own, the two take turns, `--rounds` times, and ratios of
-medians come first. Tokens are useful ones: a row's tokens up to its end, never what comes after. Every row of a table is
-one JSON line on stderr as well. The peers are optional: pip install transformers, pip install trl.
+Machines are shared and noisy, so each side is a process of its own, the two take turns `--rounds`
+times, and the ratio of their medians comes first. Only useful tokens count: a row's tokens up to
+its end, never what comes after. Every row of a table is one JSON line on stderr as well. The peers
+are optional: pip install transformers, pip install trl.
 """
 import argparse
 import contextlib
+import importlib.util
 import json
 import os
 import random
@@ -20,6 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,463 +36,794 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 import sampler
 import train
-from data import load_tokenizer, prepare, read_problems
-from gcpo import ALGORITHMS, Group
+from data import Tokenizer, load_tokenizer, prepare, read_problems
+from gcpo import ALGORITHMS, Group, group_advantages
+from grader import Reward
 from model import Transformer, load_model, read_config, save_model
 from sampler import sample
+from support.batches import micro_batches
 from support.common import InputError, exit_cleanly, pick_device, pick_dtype
 from support.cpu import keep_freed_memory
+from support.memory import peak_bytes
+from support.options import Config
+from support.policy import make_policy
 
 
-SHAPES = {  # of random weights; names say whose shape it is
-    "SmolLM2-135M": dict(hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, vocab_size=49152),
-    "SmolLM2-360M": dict(hidden_size=960, intermediate_size=2560, num_hidden_layers=32, num_attention_heads=15, num_key_value_heads=5, vocab_size=49152),
-    "Qwen2.5-0.5B": dict(model_type="qwen2", hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2,
-                         vocab_size=151936),
-    "Qwen2.5-1.5B": dict(model_type="qwen2", hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12, num_key_value_heads=2,
-                         vocab_size=151936),
+SHAPES = {  # of random weights; the names say whose shape it is
+    "SmolLM2-135M": dict(
+        hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+        num_key_value_heads=3, vocab_size=49152),
+    "SmolLM2-360M": dict(
+        hidden_size=960, intermediate_size=2560, num_hidden_layers=32, num_attention_heads=15,
+        num_key_value_heads=5, vocab_size=49152),
+    "Qwen2.5-0.5B": dict(
+        model_type="qwen2",
+        hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
+        num_key_value_heads=2, vocab_size=151936),
+    "Qwen2.5-1.5B": dict(
+        model_type="qwen2",
+        hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12,
+        num_key_value_heads=2, vocab_size=151936),
 }
+PEERS = {"transformers": "transformers", "trl": "TRL"}    # package: what it is called
+GIB = 2**30
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Two processes that take turns
+# ---- The command ---------------------------------------------------------------------------------
 
-def timed(f, device):
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    wait()
-    began = time.perf_counter()
-    result = f()
-    wait()
-    return result, time.perf_counter() - began
+def main():
+    args = parse_arguments()
+    if args.child == "ours":
+        keep_freed_memory()
+    if args.what == "grow" and args.child:
+        grow_child(args)
+    elif args.what == "grow":
+        grow(sys.argv[1:])
+    elif args.child:
+        child(args)
+    else:
+        compare(args, sys.argv[1:])
 
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    flag = parser.add_argument
+    flag("what", choices=("sample", "update", "step", "memory", "grow"))
+    flag("--model", help="Hugging Face model folder (grow: random weights without)")
+    flag("--data", help="problems whose prompts are used")
+    flag("--peer", choices=tuple(PEERS), default=None,
+         help="whom to compare with (default: transformers; trl for step)")
+    flag("--prompts", type=int, default=8, help="the first so many problems")
+    flag("--group-size", type=int, default=8, help="G, responses per prompt")
+    flag("--max-new-tokens", type=int, default=200, help="longest response")
+    flag("--rows", type=int, default=0, help="our rows in flight (default: what fits)")
+    flag("--rows-per-pass", type=int, default=8, help="our rows in one backward pass")
+    flag("--gradient-checkpointing", action="store_true",
+         help="compute our activations again in backward")
+    flag("--rounds", type=int, default=3, help="times each side runs")
+    flag("--device", default="auto")
+    flag("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
+    for hidden in ("--child", "--shared", "--shape"):
+        flag(hidden, help=argparse.SUPPRESS)
+    flag("--no-update", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    check(args)
+    return args
+
+
+def check(args) -> None:
+    """Fill in the peer. Raises InputError for settings that cannot be."""
+    if min(args.rounds, args.prompts, args.max_new_tokens) < 1 or args.group_size < 2:
+        raise InputError("--rounds, --prompts and --max-new-tokens must be 1 or more, "
+                         "--group-size 2 or more")
+    peer = "trl" if args.what == "step" else "transformers"
+    if args.peer not in (None, peer):
+        raise InputError(f"--peer {args.peer}: TRL is the peer of `step`, transformers of the "
+                         "others")
+    args.peer = peer
+    if args.what == "grow":
+        return
+    for name in ("model", "data"):
+        if not getattr(args, name):
+            raise InputError(f"--{name} is missing")
+
+
+# ---- Two processes that take turns: the parent ---------------------------------------------------
 
 class Side:
-    """A child process that runs one round of its side of a comparison whenever it is told to."""
-    def __init__(self, argv, who):
-        self.who, self.rounds = who, []
-        self.process = subprocess.Popen([sys.executable, __file__, *argv, "--child", who], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    """A child process that runs one round of its side whenever it is told to."""
+    def __init__(self, who: str, argv: list[str]):
+        self.who = who
+        self.rounds = []
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, *argv, "--child", who],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.idle = self.read()["idle"]
 
-    def read(self):
-        line = self.process.stdout.readline()
-        while line and not line.startswith("BENCH "):  # libraries print
-            line = self.process.stdout.readline()
-        if not line:
-            raise InputError(f"the measuring process ({self.who}) ended with status {self.process.wait()}; what it said stands above")
-        return json.loads(line.removeprefix("BENCH "))
+    def read(self) -> dict:
+        """What the child says next. Libraries print too: its own lines begin with BENCH."""
+        for line in self.process.stdout:
+            if line.startswith("BENCH "):
+                return json.loads(line.removeprefix("BENCH "))
+        raise child_failed(self.process.wait(), f" ({self.who})")
 
-    def ask(self, word):
-        try:
+    def ask(self, word: str) -> dict:
+        with contextlib.suppress(BrokenPipeError):    # read() says how the child ended
             self.process.stdin.write(word + "\n")
             self.process.stdin.flush()
-        except BrokenPipeError:
-            pass
         return self.read()
 
-    def go(self):
-        self.rounds.append(self.ask("go"))
-        print(f"  {self.who}: {self.rounds[-1]['tokens']} tokens, {self.rounds[-1]['seconds']:.2f} s", file=sys.stderr)
+    def go(self) -> None:
+        done = self.ask("go")
+        self.rounds.append(done)
+        print(f"  {self.who}: {done['tokens']} tokens, {done['seconds']:.2f} s", file=sys.stderr)
+
+    def end(self) -> list[str]:
+        """The lines of the child's report."""
+        lines = self.ask("report")["report"]
+        self.process.stdin.close()
+        self.process.wait()
+        return lines
 
     @property
-    def speeds(self):
+    def speeds(self) -> list[float]:
         return [r["tokens"] / r["seconds"] for r in self.rounds]
 
     @property
-    def peak(self):
+    def speed(self) -> float:
+        return statistics.median(self.speeds)
+
+    @property
+    def seconds(self) -> float:
+        return statistics.median(r["seconds"] for r in self.rounds)
+
+    @property
+    def peak(self) -> float:
         return max(r["peak"] for r in self.rounds)
 
-    def end(self):
-        report = self.ask("report")
-        self.process.stdin.close()
-        self.process.wait()
-        return report
+
+def child_failed(status: int, which: str = "") -> InputError:
+    return InputError(f"the measuring process{which} ended with status {status}; what it said "
+                      "stands above")
 
 
-def compare(args, argv):
-    """Both sides in turn; prints ratios first, then the table."""
+def compare(args, argv: list[str]) -> None:
+    """Both sides in turn; then the ratios, the table, and what the sides report."""
+    if importlib.util.find_spec(args.peer) is None:
+        raise InputError(f"this compares with {PEERS[args.peer]}: pip install {args.peer}")
     with tempfile.TemporaryDirectory() as folder:
         argv = [*argv, "--shared", folder]
-        sides = [Side(argv, "ours"), Side(argv, args.peer)]
+        ours = Side("ours", argv)
+        peer = Side(args.peer, argv)
         for _ in range(args.rounds):
-            for side in sides:
-                side.go()
-        ours, peer = sides
-        median = {side: statistics.median(side.speeds) for side in sides}
-        speed, memory = median[ours] / median[peer], ours.peak / peer.peak
-        what = f"{args.what} {args.prompts} x {args.group_size} x {args.max_new_tokens}, {args.device}, {args.dtype}"
-        print(f"\n{what}: {speed:.2f} x the tokens/s of {args.peer}, at {memory:.0%} of its peak memory")
-        print(f"{'':14}{'tokens/s':>10}{'lowest':>10}{'highest':>10}{'seconds':>10}{'GiB peak':>10}{'GiB idle':>10}")
-        for side in sides:
-            seconds = statistics.median(r["seconds"] for r in side.rounds)
-            print(f"{side.who:14}{median[side]:10.0f}{min(side.speeds):10.0f}{max(side.speeds):10.0f}{seconds:10.2f}{side.peak / 2**30:10.2f}{side.idle / 2**30:10.2f}")
-            print(json.dumps({"bench": what, "who": side.who, "tokens_per_second": median[side], "all": side.speeds, "seconds": seconds, "peak": side.peak,
-                              "ratio": speed, "memory_ratio": memory, "torch": torch.__version__, "threads": torch.get_num_threads()}), file=sys.stderr)
-        for side in sides:
-            for line in side.end()["report"]:
+            ours.go()
+            peer.go()
+        print_comparison(args, ours, peer)
+        for side in (ours, peer):
+            for line in side.end():
                 print(line)
         if args.what == "update":
-            a, b = (load_file(os.path.join(folder, f"{side.who}.safetensors"))["gradient"] for side in sides)
-            print(f"the two gradients differ by {float((a - b).norm() / b.norm()):.1e} of their norm")
+            a = load_file(gradient_file(folder, ours.who))["gradient"]
+            b = load_file(gradient_file(folder, peer.who))["gradient"]
+            difference = float((a - b).norm() / b.norm())
+            print(f"the two gradients differ by {difference:.1e} of their norm")
 
 
-def child(args):
+def print_comparison(args, ours: Side, peer: Side) -> None:
+    speed = ours.speed / peer.speed
+    memory = ours.peak / peer.peak
+    size = f"{args.prompts} x {args.group_size} x {args.max_new_tokens}"
+    what = f"{args.what} {size}, {args.device}, {args.dtype}"
+    print(f"\n{what}: {speed:.2f} x the tokens/s of {peer.who}, at {memory:.0%} of its peak memory")
+    print_row(14, "", ["tokens/s", "lowest", "highest", "seconds", "GiB peak", "GiB idle"])
+    for side in (ours, peer):
+        print_row(14, side.who, [
+            f"{side.speed:.0f}",
+            f"{min(side.speeds):.0f}",
+            f"{max(side.speeds):.0f}",
+            f"{side.seconds:.2f}",
+            f"{side.peak / GIB:.2f}",
+            f"{side.idle / GIB:.2f}",
+        ])
+        print_json({
+            "bench": what,
+            "who": side.who,
+            "tokens_per_second": side.speed,
+            "all": side.speeds,
+            "seconds": side.seconds,
+            "peak": side.peak,
+            "ratio": speed,
+            "memory_ratio": memory,
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+        })
+
+
+def print_row(width: int, label: str, cells: list[str]) -> None:
+    """A line of a table whose first column has this width."""
+    print(label.ljust(width) + "".join(cell.rjust(10) for cell in cells), flush=True)
+
+
+def print_json(record: dict) -> None:
+    print(json.dumps(record), file=sys.stderr)
+
+
+# ---- Two processes that take turns: the children -------------------------------------------------
+
+class Turns:
+    """The child's end of a Side: it waits for a word, and answers."""
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.is_first = True
+
+    def say(self, **record) -> None:
+        print("\nBENCH " + json.dumps(record), flush=True)
+
+    def another(self) -> bool:
+        """Wait for a word. True: run one more round. False: the report is wanted."""
+        if self.is_first:
+            self.say(idle=peak_bytes(self.device))
+        self.is_first = False
+        return sys.stdin.readline().strip() == "go"
+
+    def done(self, tokens: int, seconds: float) -> None:
+        self.say(tokens=tokens, seconds=seconds, peak=peak_bytes(self.device))
+
+
+def child(args) -> None:
     """Run rounds when told to, over stdin and stdout."""
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
-    say = lambda **record: print("\nBENCH " + json.dumps(record), flush=True)
+    turns = Turns(device)
+    if args.what == "step":    # there the library has the loop, and calls us
+        if args.child == "ours":
+            our_steps(args, device, turns)
+        else:
+            trl_steps(args, device, dtype, turns)
+        turns.say(report=[])
+        return
+    side = make_side(args, device, dtype)
+    while turns.another():
+        tokens, seconds = timed(side.work, device)
+        turns.done(tokens, seconds)
+    turns.say(report=side.report())
 
-    def rounds():
-        """One word at a time, until "report"."""
-        say(idle=train.peak_bytes(device))
-        for word in sys.stdin:
-            if word.strip() == "report":
-                return
-            yield
-    if args.what == "step":
-        steps, report = rounds(), lambda: []
-        (our_steps if args.child == "ours" else trl_steps)(args, device, dtype, steps, lambda tokens, seconds: say(tokens=tokens, seconds=seconds, peak=train.peak_bytes(device)))
+
+def make_side(args, device: torch.device, dtype: torch.dtype):
+    """An object with work(), one round, which returns its useful tokens; and report(), lines."""
+    if args.what == "sample":
+        kind = OurSampling if args.child == "ours" else PeerSampling
     else:
-        run, report = {"sample": sampling, "update": updating, "memory": updating}[args.what](args, device, dtype)
-        for _ in rounds():
-            tokens, seconds = timed(run, device)
-            say(tokens=tokens, seconds=seconds, peak=train.peak_bytes(device))
-    say(report=report())
+        kind = OurUpdate if args.child == "ours" else PeerUpdate
+    return kind(args, device, dtype)
 
 
-def peer_model(args, device, dtype):
-    try:
-        import transformers
-    except ImportError:
-        raise InputError("this compares with transformers: pip install transformers") from None
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    return transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).to(device)
+def timed(f, device: torch.device) -> tuple[object, float]:
+    """What f() returns, and its seconds."""
+    wait_for(device)
+    began = time.perf_counter()
+    result = f()
+    wait_for(device)
+    return result, time.perf_counter() - began
 
 
-def random_model(name):
-    """A model folder of this shape, with random weights. The caller removes it."""
-    folder = tempfile.mkdtemp()
-    config = {"model_type": "llama", "max_position_embeddings": 32768, "tie_word_embeddings": True, "rms_norm_eps": 1e-5, **SHAPES[name]}
-    with open(os.path.join(folder, "config.json"), "w") as f:
-        json.dump(config, f)
-    save_model(Transformer(read_config(folder)).init_weights(torch.Generator().manual_seed(0)).bfloat16(), os.path.join(folder, "model"))
-    return os.path.join(folder, "model")
+def wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
 
 
-def prompts_of(args):
+def read_prompts(args, count: int) -> tuple[Tokenizer, list[torch.Tensor]]:
+    """The tokenizer, and the first problems' prompts (P,)."""
     tokenizer = load_tokenizer(args.model)
-    problems = read_problems(args.data)[:args.prompts]
-    prepare(problems, tokenizer, args.max_new_tokens, 10**9)
+    problems = read_problems(args.data)[:count]
+    prepare(problems, tokenizer, args.max_new_tokens, max_positions=10**9)
     return tokenizer, [p.prompt for p in problems]
 
 
-def made_up(prompts, group_size, length, vocabulary):
-    """Groups of random tokens, all of full length."""
-    draw = lambda *size: torch.randint(0, vocabulary, size, generator=torch.Generator().manual_seed(0))
-    no = torch.zeros(group_size, dtype=torch.bool)
-    return [Group(p, draw(group_size, length), torch.full((group_size,), length), ~no, torch.zeros(group_size, length), no, torch.zeros(group_size), no)
-            for p in prompts]
+def load_peer(args, device: torch.device, dtype: torch.dtype):
+    """transformers' model."""
+    import transformers
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    model = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype)
+    return model.to(device)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Sampling
+# ---- Sampling ------------------------------------------------------------------------------------
 
-def sampling(args, device, dtype):
-    tokenizer, prompts = prompts_of(args)
-    if args.child == "ours":
-        model, groups = load_model(args.model, device, dtype), []
+class OurSampling:
+    """`sampler.sample`."""
+    def __init__(self, args, device, dtype):
+        self.args = args
+        self.device = device
+        self.tokenizer, self.prompts = read_prompts(args, args.prompts)
+        self.model = load_model(args.model, device, dtype)
+        self.groups = []
 
-        def run():
-            groups[:] = sample(model, prompts, args.group_size, args.max_new_tokens, stop_ids=tokenizer.stop_ids, seed=0, max_rows=args.rows or None)
-            return sum(int(g.lengths.sum()) for g in groups)
+    def work(self) -> int:
+        args = self.args
+        self.groups = sample(
+            self.model, self.prompts, args.group_size, args.max_new_tokens,
+            stop_ids=self.tokenizer.stop_ids, seed=0, max_rows=args.rows or None)
+        return sum(int(g.lengths.sum()) for g in self.groups)
 
-        def report():
-            seconds = timed(run, device)[1]
-            lines = [f"the bare matrix products of our rollouts, each step at its number of rows, would take {bound(model, groups) / seconds:.0%} of our time"]
-            if device.type == "cpu":
-                lines += ["where our time goes: " + ", ".join(f"{name} {value:.0%}" for name, value in where_time_goes(run).items())]
-            return lines
-        return run, report
-
-    model = peer_model(args, device, dtype)
-    width = max(len(p) for p in prompts)
-    ids = torch.stack([F.pad(p, (width - len(p), 0), value=tokenizer.end_id) for p in prompts]).to(device)  # padded on the left
-    mask = torch.stack([F.pad(torch.ones_like(p), (width - len(p), 0)) for p in prompts]).to(device)
-
-    def run():
-        out = model.generate(input_ids=ids.repeat_interleave(args.group_size, 0), attention_mask=mask.repeat_interleave(args.group_size, 0), do_sample=True,
-                             temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=args.max_new_tokens, eos_token_id=tokenizer.stop_ids, pad_token_id=tokenizer.end_id)
-        ended = torch.isin(out[:, width:], torch.tensor(tokenizer.stop_ids, device=device)).int()
-        return int((ended.cumsum(1) - ended == 0).sum())  # up to the first end token, and it too
-    return run, lambda: []
+    def report(self) -> list[str]:
+        _, seconds = timed(self.work, self.device)
+        share = bound(self.model, self.groups) / seconds
+        lines = ["the bare matrix products of our rollouts, each step at its number of rows, "
+                 f"would take {share:.0%} of our time"]
+        if self.device.type == "cpu":
+            shares = where_time_goes(self.work)
+            parts = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
+            lines.append(f"where our time goes: {parts}")
+        return lines
 
 
-def bare_products(model, rows, repeats=5):
-    """Seconds of one decoding step's matrix products alone, for so many rows, with PyTorch's plain F.linear."""
-    matrices = [p for name, p in model.named_parameters() if p.dim() == 2 and "embed_tokens" not in name] + [model.output_weight]
-    inputs = {m.shape[1]: torch.randn(rows, m.shape[1], dtype=m.dtype, device=m.device) for m in matrices}
-    run = lambda: [F.linear(inputs[m.shape[1]], m) for m in matrices]
-    run()
-    return min(timed(run, matrices[0].device)[1] for _ in range(repeats))
+class PeerSampling:
+    """transformers' generate: prompts padded on the left, all rows in one batch."""
+    def __init__(self, args, device, dtype):
+        self.args = args
+        self.tokenizer, prompts = read_prompts(args, args.prompts)
+        self.model = load_peer(args, device, dtype)
+        self.width = max(len(p) for p in prompts)
+        self.stop_ids = torch.tensor(self.tokenizer.stop_ids, device=device)
+        ids = [self.pad(p, self.tokenizer.end_id) for p in prompts]
+        mask = [self.pad(torch.ones_like(p), 0) for p in prompts]
+        self.ids = torch.stack(ids).to(device)      # (B, width)
+        self.mask = torch.stack(mask).to(device)    # (B, width)
 
+    def pad(self, prompt, value):
+        return F.pad(prompt, (self.width - len(prompt), 0), value=value)
+
+    def work(self) -> int:
+        G = self.args.group_size
+        out = self.model.generate(                                          # (B·G, width + T)
+            input_ids=self.ids.repeat_interleave(G, 0),
+            attention_mask=self.mask.repeat_interleave(G, 0),
+            do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+            max_new_tokens=self.args.max_new_tokens,
+            eos_token_id=self.tokenizer.stop_ids, pad_token_id=self.tokenizer.end_id)
+        is_end = torch.isin(out[:, self.width:], self.stop_ids).int()
+        ends_before = is_end.cumsum(1) - is_end
+        return int((ends_before == 0).sum())    # up to the first end token, and it too
+
+    def report(self) -> list[str]:
+        return []
+
+
+# ---- Where sampling's time goes, and how little it could be --------------------------------------
 
 @torch.no_grad()
-def bound(model, groups):
-    """Seconds that the bare products of these rollouts take: each step at its own number of rows."""
-    lengths = torch.cat([g.lengths for g in groups])
-    alive = [int((lengths > t).sum()) for t in range(1, int(lengths.max()))]
-    known = sorted({max(1, round(max(alive) * share)) for share in (1, 0.75, 0.5, 0.25, 0.1, 0.02)} | {min(alive)})
-    cost = {rows: bare_products(model, rows) for rows in known}
+def bound(model: Transformer, groups: list[Group]) -> float:
+    """Seconds that the bare products of these rollouts take: each step at its own number of rows.
 
-    def interpolated(rows):
-        above, below = min(k for k in known if k >= rows), max(k for k in known if k <= rows)
-        weight = 0 if above == below else (rows - below) / (above - below)
-        return cost[below] * (1 - weight) + cost[above] * weight
-    return sum(interpolated(rows) for rows in alive) + bare_products(model, sum(len(g.prompt) for g in groups))
+    Measured at a few numbers of rows, and interpolated between them."""
+    prefill = bare_products(model, sum(len(g.prompt) for g in groups))
+    lengths = torch.cat([g.lengths for g in groups])
+    alive = [int((lengths > t).sum()) for t in range(1, int(lengths.max()))]    # after each token
+    if not alive:    # every response is one token, which the prompts' pass gives
+        return prefill
+    known = {min(alive)}
+    for share in (1, 0.75, 0.5, 0.25, 0.1, 0.02):
+        known.add(max(1, round(max(alive) * share)))
+    seconds = {rows: bare_products(model, rows) for rows in sorted(known)}
+    return prefill + sum(interpolated(seconds, rows) for rows in alive)
+
+
+def interpolated(values: dict[int, float], x: int) -> float:
+    """Between the nearest keys on both sides."""
+    below = max(known for known in values if known <= x)
+    above = min(known for known in values if known >= x)
+    if above == below:
+        return values[x]
+    weight = (x - below) / (above - below)
+    return values[below] * (1 - weight) + values[above] * weight
+
+
+def bare_products(model: Transformer, rows: int, repeats: int = 5) -> float:
+    """Seconds of one decoding step's matrix products alone, with PyTorch's plain F.linear."""
+    matrices = [p for name, p in model.named_parameters()
+                if p.dim() == 2 and "embed_tokens" not in name]
+    matrices.append(model.output_weight)
+    inputs = {}
+    for m in matrices:
+        width = m.shape[1]
+        inputs[width] = torch.randn(rows, width, dtype=m.dtype, device=m.device)
+
+    def products():
+        return [F.linear(inputs[m.shape[1]], m) for m in matrices]
+
+    products()
+    return min(timed(products, model.device)[1] for _ in range(repeats))
+
+
+PRODUCTS = ("aten::mm", "aten::addmm", "mkldnn::_linear_pointwise")    # as the profiler calls them
+
+
+def where_time_goes(work) -> dict[str, float]:
+    """Shares of the CPU time of work(): products, attention, choice of tokens, the rest."""
+    with named_parts(), profile(activities=[ProfilerActivity.CPU]) as profiler:
+        work()
+    events = {event.key: event for event in profiler.key_averages()}
+    total = sum(event.self_cpu_time_total for event in events.values())
+    products = [event for name, event in events.items() if name in PRODUCTS]
+    parts = {"products": sum(event.self_cpu_time_total for event in products)}
+    for name, event in events.items():
+        if name.startswith("PART "):
+            parts[name.removeprefix("PART ")] = event.cpu_time_total
+    shares = {name: part / total for name, part in parts.items()}
+    shares["rest"] = 1 - sum(parts.values()) / total
+    return shares
 
 
 @contextlib.contextmanager
 def named_parts():
-    """Attention and token choice as named ranges of the profiler."""
-    forward, choose = Transformer.forward, sampler.choose_token
+    """Attention and the choice of tokens as named ranges of the profiler."""
+    forward = Transformer.forward
+    choose_token = sampler.choose_token
 
-    def named(f, name):
-        def wrapped(*args, **kwargs):
-            with record_function(name):
-                return f(*args, **kwargs)
-        return wrapped
-    Transformer.forward = lambda self, tokens, attend=None, positions=None: forward(self, tokens, attend and named(attend, "PART attention"), positions)
-    sampler.choose_token = named(choose, "PART choosing tokens")
+    def forward_with_name(self, tokens, attend=None, positions=None):
+        if attend:
+            attend = named(attend, "PART attention")
+        return forward(self, tokens, attend, positions)
+
+    Transformer.forward = forward_with_name
+    sampler.choose_token = named(choose_token, "PART choosing tokens")
     try:
         yield
     finally:
-        Transformer.forward, sampler.choose_token = forward, choose
+        Transformer.forward = forward
+        sampler.choose_token = choose_token
 
 
-def where_time_goes(run):
-    """Shares of the CPU time of run(): products, attention, choice of tokens, the rest."""
-    with named_parts(), profile(activities=[ProfilerActivity.CPU]) as prof:
-        run()
-    events = {e.key: e for e in prof.key_averages()}
-    total = sum(e.self_cpu_time_total for e in events.values())
-    parts = {"products": sum(e.self_cpu_time_total for k, e in events.items() if k in ("aten::mm", "aten::addmm", "mkldnn::_linear_pointwise"))}
-    parts |= {k.removeprefix("PART "): e.cpu_time_total for k, e in events.items() if k.startswith("PART ")}
-    return {name: value / total for name, value in parts.items()} | {"rest": 1 - sum(parts.values()) / total}
+def named(f, name: str):
+    def wrapped(*args, **kwargs):
+        with record_function(name):
+            return f(*args, **kwargs)
+    return wrapped
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Update
+# ---- Update --------------------------------------------------------------------------------------
 
-def groups_for(args, device, dtype):
-    """What both sides update on: sampled by our side and left for the other; made up where only memory is asked."""
-    tokenizer, prompts = prompts_of(args)
-    if args.what == "memory":
-        return made_up(prompts, args.group_size, args.max_new_tokens, read_config(args.model).vocab_size)
-    path = os.path.join(args.shared, "groups.safetensors")
-    if not os.path.exists(path):
-        groups = sample(load_model(args.model, device, dtype), prompts, args.group_size, args.max_new_tokens, stop_ids=tokenizer.stop_ids, seed=0)
-        save_file({f"{i}.{name}": getattr(g, name) for i, g in enumerate(groups) for name in Group.__dataclass_fields__}, path)
-    columns = load_file(path)
-    return [Group(*(columns[f"{i}.{name}"] for name in Group.__dataclass_fields__)) for i in range(len(prompts))]
+class OurUpdate:
+    """`train.backward`, in the passes that `train.update` makes."""
+    def __init__(self, args, device, dtype):
+        self.args = args
+        self.items = items_for(args, device, dtype)
+        self.rows, self.tokens = count(self.items)
+        self.run = run_for(args, load_model(args.model, device), dtype)
 
+    def work(self) -> int:
+        self.run.master.zero_grad(set_to_none=True)
+        for batch in micro_batches(self.items, self.args.rows_per_pass):
+            train.backward(self.run, batch, self.rows, self.tokens)
+        return self.tokens
 
-def updating(args, device, dtype):
-    """Rewards are made up so that each group has contrast: what is timed does not depend on them."""
-    items = []
-    for group in groups_for(args, device, dtype):
-        rewards = torch.zeros(len(group.lengths))
-        rewards[0] = 1
-        items.append(train.Item(0, None, group, train.group_advantages(rewards)))
-    rows, tokens = sum(len(i.group.lengths) for i in items), sum(int(i.group.lengths.sum()) for i in items)
-    if args.child == "ours":
-        model = load_model(args.model, device)
-        compute = train.make_policy(model, dtype)
-        compute.gradient_checkpointing = args.gradient_checkpointing
-        config = train.Config(max_new_tokens=args.max_new_tokens, rows_per_pass=args.rows_per_pass)
-
-        def run():
-            model.zero_grad(set_to_none=True)
-            for batch in train.passes(items, config):
-                train.backward(compute, batch, ALGORITHMS["gcpo"], config, rows, tokens)
-            return tokens
-        gradient = lambda: [(n, p.grad) for n, p in model.named_parameters()]
-    else:
-        model = peer_model(args, device, dtype)
-
-        def run():
-            """The plain way: prompt and response of every row as one padded sequence, all logits at once, group by group."""
-            model.zero_grad(set_to_none=True)
-            for item in items:
-                g, P = item.group, len(item.group.prompt)
-                full = torch.cat([g.prompt.expand(len(g.lengths), -1), g.responses], dim=1).to(device)
-                attention = torch.cat([torch.ones(len(g.lengths), P, dtype=torch.bool), g.mask], dim=1).to(device)
-                logits = model(input_ids=full, attention_mask=attention, use_cache=False).logits[:, P - 1:-1].float()
-                logprobs = logits.log_softmax(-1).gather(-1, full[:, P:, None])[..., 0]                  # (G, T)
-                mask, lengths = g.mask.to(device), g.lengths.to(device)
-                ratio = (torch.where(mask, logprobs - logprobs.detach(), 0.0).sum(1) / lengths).exp()    # GSPO's, 1 here
-                (-(ratio * item.advantages.to(device)).sum() / rows).backward()
-            return tokens
-        gradient = lambda: [(n.removeprefix("model."), p.grad) for n, p in model.named_parameters()]
-
-    def report():
-        if args.what == "update":
-            flat = torch.cat([g.float().flatten().cpu() for _, g in sorted(gradient(), key=lambda named: named[0])])
-            save_file({"gradient": flat}, os.path.join(args.shared, f"{args.child}.safetensors"))
+    def report(self) -> list[str]:
+        if self.args.what == "update":
+            leave_gradient(self.args, dict(self.run.master.named_parameters()))
         return []
-    return run, report
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Whole steps
+class PeerUpdate:
+    """The plain way: prompt and response of every row as one padded sequence, all logits at once,
+    group by group."""
+    def __init__(self, args, device, dtype):
+        self.args = args
+        self.device = device
+        self.items = items_for(args, device, dtype)
+        self.rows, self.tokens = count(self.items)
+        self.model = load_peer(args, device, dtype)
 
-def our_steps(args, device, dtype, rounds, say):
-    """`train.train` itself; a step ends when it writes its metrics."""
-    config = train.Config(model=args.model, data=args.data, prompts=args.prompts, group_size=args.group_size, max_new_tokens=args.max_new_tokens,
-                          steps=10**6, rows=args.rows, rows_per_pass=args.rows_per_pass, out=args.shared)
-    algorithm = ALGORITHMS["gcpo"]
-    _, problems, _, _, tokenizer, model = train.read_all(config, algorithm, device)
+    def work(self) -> int:
+        self.model.zero_grad(set_to_none=True)
+        for item in self.items:
+            self.backward(item.group, item.advantages.to(self.device))
+        return self.tokens
+
+    def backward(self, group: Group, advantages: torch.Tensor) -> None:
+        G, P = len(group.lengths), len(group.prompt)
+        mask = group.mask
+        attended = torch.cat([torch.ones(G, P, dtype=torch.bool), mask], dim=1).to(self.device)
+        tokens = torch.cat([group.prompt.expand(G, -1), group.responses], dim=1).to(self.device)
+        logits = self.model(                                                # (G, P + T, V)
+            input_ids=tokens, attention_mask=attended, use_cache=False).logits
+        logits = logits[:, P - 1:-1].float()                                # (G, T, V)
+        logprobs = logits.log_softmax(-1).gather(-1, tokens[:, P:, None])[..., 0]
+        change = torch.where(mask.to(self.device), logprobs - logprobs.detach(), 0.0)
+        ratio = (change.sum(1) / group.lengths.to(self.device)).exp()       # (G,) GSPO's, 1 here
+        loss = -(ratio * advantages).sum() / self.rows
+        loss.backward()
+
+    def report(self) -> list[str]:
+        if self.args.what == "update":
+            parameters = {name.removeprefix("model."): p
+                          for name, p in self.model.named_parameters()}
+            leave_gradient(self.args, parameters)
+        return []
+
+
+def items_for(args, device: torch.device, dtype: torch.dtype) -> list[train.Item]:
+    """What both sides update on. Rewards are made up so that each group has contrast: the time
+    does not depend on them."""
+    rewards = torch.zeros(args.group_size)
+    rewards[0] = 1
+    advantages = group_advantages(rewards)
+    return [train.Item(0, None, group, advantages) for group in groups_for(args, device, dtype)]
+
+
+def groups_for(args, device: torch.device, dtype: torch.dtype) -> list[Group]:
+    """Sampled by our side and left for the other; made up where only memory is asked for."""
+    tokenizer, prompts = read_prompts(args, args.prompts)
+    if args.what == "memory":
+        vocabulary = read_config(args.model).vocab_size
+        return made_up(prompts, args.group_size, args.max_new_tokens, vocabulary)
+    path = os.path.join(args.shared, "groups.safetensors")
+    fields = list(Group.__dataclass_fields__)
+    if not os.path.exists(path):
+        model = load_model(args.model, device, dtype)
+        groups = sample(model, prompts, args.group_size, args.max_new_tokens,
+                        stop_ids=tokenizer.stop_ids, seed=0)
+        save_file({f"{i}.{name}": getattr(group, name)
+                   for i, group in enumerate(groups) for name in fields}, path)
+    tensors = load_file(path)
+    return [Group(*(tensors[f"{i}.{name}"] for name in fields)) for i in range(len(prompts))]
+
+
+def made_up(
+    prompts: list[torch.Tensor], group_size: int, length: int, vocabulary: int,
+) -> list[Group]:
+    """Groups of random tokens, all of full length."""
+    generator = torch.Generator().manual_seed(0)
+    responses = torch.randint(0, vocabulary, (group_size, length), generator=generator)
+    nowhere = torch.zeros(group_size, dtype=torch.bool)
+    return [
+        Group(
+            prompt=prompt,
+            responses=responses,
+            lengths=torch.full((group_size,), length),
+            finished=~nowhere,
+            logprobs=torch.zeros(group_size, length),
+            correct=nowhere,
+            rewards=torch.zeros(group_size),
+            is_gold=nowhere)
+        for prompt in prompts]
+
+
+def count(items: list[train.Item]) -> tuple[int, int]:
+    """Rows and tokens."""
+    rows = sum(len(i.group.lengths) for i in items)
+    tokens = sum(int(i.group.lengths.sum()) for i in items)
+    return rows, tokens
+
+
+def run_for(args, master: Transformer, dtype: torch.dtype) -> train.Run:
+    """What train.backward needs."""
+    config = Config(max_new_tokens=args.max_new_tokens, rows_per_pass=args.rows_per_pass)
+    policy = make_policy(master, dtype)
+    policy.gradient_checkpointing = args.gradient_checkpointing
+    no_optimizer = None    # only gradients are measured, no steps
+    return train.Run(config, ALGORITHMS["gcpo"], master, policy, no_optimizer)
+
+
+def leave_gradient(args, parameters: dict[str, torch.nn.Parameter]) -> None:
+    """For the parent, which compares both sides': in the order of the names, so that they fit."""
+    parts = [parameters[name].grad.float().flatten().cpu() for name in sorted(parameters)]
+    save_file({"gradient": torch.cat(parts)}, gradient_file(args.shared, args.child))
+
+
+def gradient_file(folder: str, who: str) -> str:
+    return os.path.join(folder, f"{who}.safetensors")
+
+
+# ---- Whole steps ---------------------------------------------------------------------------------
+
+class Enough(Exception):
+    """Ends a training run from inside its log."""
+
+
+def our_steps(args, device: torch.device, turns: Turns) -> None:
+    """`train.train` itself. A step ends when it logs its metrics; the next one begins when the log
+    of its samples returns."""
+    config = Config(
+        model=args.model,
+        data=args.data,
+        out=args.shared,
+        steps=10**6,
+        prompts=args.prompts,
+        group_size=args.group_size,
+        max_new_tokens=args.max_new_tokens,
+        dtype=args.dtype,
+        rows=args.rows,
+        rows_per_pass=args.rows_per_pass,
+        gradient_checkpointing=args.gradient_checkpointing)
+    run = train.load_run(config, ALGORITHMS["gcpo"], device)
     draw = random.Random(0)
-    reward = lambda *_: draw.random()       # so that each group has contrast, as the peer's have
-
-    class Enough(Exception):
-        pass
+    # So that each group has contrast, as the peer's have.
+    run.reward = Reward(lambda response, answer: draw.random())
 
     def log(kind, record):
-        if kind == "metrics" and record["step"]:
-            say(round(record["time/tokens_per_second"] * (record["time/sample"] + record["time/update"])), record["time/sample"] + record["time/update"])
-        if kind == "samples" or not record["step"]:
-            if next(rounds, "no more") == "no more":
+        before_training = record["step"] == 0
+        if kind == "metrics" and not before_training:
+            seconds = record["time/sample"] + record["time/update"]
+            turns.done(round(record["time/tokens_per_second"] * seconds), seconds)
+        if kind == "samples" or before_training:
+            if not turns.another():
                 raise Enough
+
     with contextlib.suppress(Enough):
-        train.train(config, algorithm, model, train.make_policy(model, dtype), tokenizer, problems, [], reward, log)
+        train.train(run, log)
 
 
-def trl_steps(args, device, dtype, rounds, say):
+def trl_steps(args, device: torch.device, dtype: torch.dtype, turns: Turns) -> None:
     """TRL's GRPOTrainer, with micro-batches of one group."""
-    try:
-        import datasets
-        import transformers
-        import trl
-    except ImportError:
-        raise InputError("this compares with TRL: pip install trl") from None
+    import datasets
+    import transformers
+    import trl
     torch.manual_seed(0)
-    tokenizer, prompts = prompts_of(replace_prompts(args, args.prompts * (args.rounds + 1)))
+    tokenizer, prompts = read_prompts(args, args.prompts * (args.rounds + 1))
     generator = torch.Generator().manual_seed(0)
-    tokens = []
+    tokens = []    # of each call of reward() in the step
 
     def reward(completions, completion_ids, **_):
         tokens.append(sum(len(ids) for ids in completion_ids))
-        return torch.rand(len(completions), generator=generator).tolist()   # so that each group has contrast
+        # So that each group has contrast.
+        return torch.rand(len(completions), generator=generator).tolist()
 
     class TakeTurns(transformers.TrainerCallback):
         def on_step_begin(self, arguments, state, control, **_):
-            if next(rounds, "no more") == "no more":
+            if not turns.another():
                 control.should_training_stop = True
             self.began = time.perf_counter()
 
         def on_step_end(self, arguments, state, control, **_):
-            say(sum(tokens), time.perf_counter() - self.began)
+            turns.done(sum(tokens), time.perf_counter() - self.began)
             tokens.clear()
             if state.global_step == args.rounds:
-                next(rounds, None)
+                turns.another()    # what the trainer does at its end must not disturb our side
+
+    texts = [{"prompt": tokenizer.decode(p.tolist())} for p in prompts]
     with tempfile.TemporaryDirectory() as folder:
-        settings = trl.GRPOConfig(
-            output_dir=folder, per_device_train_batch_size=args.group_size, gradient_accumulation_steps=args.prompts, num_generations=args.group_size,
-            max_completion_length=args.max_new_tokens, temperature=1.0, beta=0.0, learning_rate=1e-5, bf16=dtype == torch.bfloat16, use_cpu=device.type == "cpu",
-            max_steps=args.rounds, save_strategy="no", report_to=[], disable_tqdm=True, logging_steps=10**6, gradient_checkpointing=False,
-            model_init_kwargs={"dtype": "float32"})
-        data = datasets.Dataset.from_list([{"prompt": tokenizer.decode(p.tolist())} for p in prompts])
-        trl.GRPOTrainer(model=args.model, reward_funcs=reward, args=settings, train_dataset=data, callbacks=[TakeTurns()]).train()
+        trainer = trl.GRPOTrainer(
+            model=args.model,
+            reward_funcs=reward,
+            args=trl.GRPOConfig(**trl_settings(args, device, dtype, folder)),
+            train_dataset=datasets.Dataset.from_list(texts),
+            callbacks=[TakeTurns()])
+        trainer.train()
 
 
-def replace_prompts(args, prompts):
-    return argparse.Namespace(**{**vars(args), "prompts": prompts})
+def trl_settings(args, device: torch.device, dtype: torch.dtype, folder: str) -> dict:
+    """Of a GRPOConfig: what our side does, as far as it can be said."""
+    return dict(
+        per_device_train_batch_size=args.group_size,
+        gradient_accumulation_steps=args.prompts,
+        num_generations=args.group_size,
+        max_completion_length=args.max_new_tokens,
+        max_steps=args.rounds,
+        temperature=1.0,
+        beta=0.0,
+        learning_rate=1e-5,
+        bf16=dtype == torch.bfloat16,
+        use_cpu=device.type == "cpu",
+        model_init_kwargs={"dtype": "float32"},
+        gradient_checkpointing=False,
+        output_dir=folder,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        logging_steps=10**6)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# How cost grows
+# ---- How cost grows ------------------------------------------------------------------------------
 
-def grow(args, argv):
-    """Sampling and update of made-up groups, ours alone, one setting at a time and each in a process of its own."""
-    base = dict(shape="SmolLM2-135M", prompts=1, group_size=8, max_new_tokens=200, rows=0, rows_per_pass=8)
-    tables = {
-        "group size G": [dict(group_size=g) for g in (4, 8, 16, 32)],
-        "rows of a pass, G = 32": [dict(group_size=32, rows_per_pass=r) for r in (32, 16, 8, 4)],
-        "response length": [dict(max_new_tokens=t) for t in (100, 200, 400, 800)],
-        "rows in flight, 16 prompts": [dict(prompts=16, rows=r, max_new_tokens=100, update=False) for r in (8, 16, 32, 64, 128)],
-        "model": [dict(shape=s) for s in list(SHAPES)[:3]],
-    }
-    for name, settings in tables.items():
-        print(f"\n{name:28}{'sample s':>10}{'tokens/s':>10}{'update s':>10}{'tokens/s':>10}{'GiB idle':>10}{'GiB peak':>10}")
-        for setting in settings:
-            flags = {**base, **setting}
-            words = [x for k, v in flags.items() if k != "update" for x in ("--" + k.replace("_", "-"), str(v))] + ["--no-update"] * (not flags.get("update", True))
-            done = subprocess.run([sys.executable, __file__, *argv, *words, "--child", "ours"], stdout=subprocess.PIPE, text=True)
-            if done.returncode:
-                raise InputError(f"the measuring process ended with status {done.returncode}; what it said stands above")
-            r = json.loads(done.stdout.splitlines()[-1])
-            label = ", ".join(f"{v}" for k, v in setting.items() if k != "update" and (len(setting) == 1 or k in ("rows", "rows_per_pass")))
-            number = lambda x, digits: "-".rjust(10) if x is None else f"{x:10.{digits}f}"
-            speed = lambda seconds: seconds and r["tokens"] / seconds
-            print(f"{label:28}{number(r['sample'], 2)}{number(speed(r['sample']), 0)}{number(r['update'], 2)}{number(speed(r['update']), 0)}"
-                  f"{number(r['idle'] / 2**30, 2)}{number(r['peak'] / 2**30, 2)}", flush=True)
-            print(json.dumps({"bench": f"grow: {name}", **flags, **r}), file=sys.stderr)
+class Table(NamedTuple):
+    title: str
+    flag: str         # what is varied
+    values: tuple
+    fixed: dict = {}  # what else differs from GROW
 
 
-def grow_child(args):
+GROW = dict(shape="SmolLM2-135M", prompts=1, group_size=8, max_new_tokens=200, rows=0,
+            rows_per_pass=8)
+TABLES = [
+    Table("group size G", "group_size", (4, 8, 16, 32)),
+    Table("rows of a pass, G = 32", "rows_per_pass", (32, 16, 8, 4), dict(group_size=32)),
+    Table("response length", "max_new_tokens", (100, 200, 400, 800)),
+    Table("rows in flight, 16 prompts", "rows", (8, 16, 32, 64, 128),
+          dict(prompts=16, max_new_tokens=100, no_update=True)),
+    Table("model", "shape", ("SmolLM2-135M", "SmolLM2-360M", "Qwen2.5-0.5B")),
+]
+
+
+def grow(argv: list[str]) -> None:
+    """Sampling and update of made-up groups, ours alone: one setting at a time, and each in a
+    process of its own."""
+    head = ["sample s", "tokens/s", "update s", "tokens/s", "GiB idle", "GiB peak"]
+    for table in TABLES:
+        print()
+        print_row(28, table.title, head)
+        for value in table.values:
+            settings = {**GROW, **table.fixed, table.flag: value}
+            result = measure_growth(argv, settings)
+            print_row(28, str(value), growth_cells(result))
+            print_json({"bench": f"grow: {table.title}", **settings, **result})
+
+
+def measure_growth(argv: list[str], settings: dict) -> dict:
+    """What grow_child prints."""
+    words = []
+    for name, value in settings.items():
+        words.append("--" + name.replace("_", "-"))
+        if value is not True:
+            words.append(str(value))
+    command = [sys.executable, __file__, *argv, *words, "--child", "ours"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise child_failed(done.returncode)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def growth_cells(result: dict) -> list[str]:
+    cells = []
+    for part in ("sample", "update"):
+        seconds = result[part]
+        if seconds is None:
+            cells += ["-", "-"]
+        else:
+            cells += [f"{seconds:.2f}", f"{result['tokens'] / seconds:.0f}"]
+    return [*cells, f"{result['idle'] / GIB:.2f}", f"{result['peak'] / GIB:.2f}"]
+
+
+def grow_child(args) -> None:
+    """One setting: the better of `--rounds`, of sampling and of an update, as a line of JSON."""
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
-    folder = args.model or random_model(args.shape)
-    model = load_model(folder, device)
-    compute = train.make_policy(model, dtype)
-    if not args.model:
-        os.remove(os.path.join(folder, "model.safetensors"))
-    V, idle = model.config.vocab_size, train.peak_bytes(device)
-    prompts = [torch.randint(0, V, (110,), generator=torch.Generator().manual_seed(i)) for i in range(args.prompts)]
+    run = run_for(args, load_or_make(args, device), dtype)
+    vocabulary = run.master.config.vocab_size
+    idle = peak_bytes(device)
+    prompts = []
+    for i in range(args.prompts):
+        generator = torch.Generator().manual_seed(i)
+        prompts.append(torch.randint(0, vocabulary, (110,), generator=generator))
+
+    def sampling():
+        sample(run.policy, prompts, args.group_size, args.max_new_tokens, stop_ids=[], seed=0,
+               max_rows=args.rows or None)
+
+    sampled = min(timed(sampling, device)[1] for _ in range(args.rounds))
     tokens = args.prompts * args.group_size * args.max_new_tokens
-    run = lambda: sample(compute, prompts, args.group_size, args.max_new_tokens, stop_ids=[], seed=0, max_rows=args.rows or None)
-    sampled = min(timed(run, device)[1] for _ in range(args.rounds))
     updated = None
     if not args.no_update:
-        groups = made_up(prompts, args.group_size, args.max_new_tokens, V)
-        advantages = train.group_advantages(torch.arange(args.group_size))
-        config = train.Config(max_new_tokens=args.max_new_tokens, rows_per_pass=args.rows_per_pass)
-        run = lambda: train.backward(compute, [train.Item(0, None, g, advantages) for g in groups], ALGORITHMS["gcpo"], config, args.group_size, tokens)
-        updated = min(timed(run, device)[1] for _ in range(args.rounds))
-    print(json.dumps({"tokens": tokens, "sample": sampled, "update": updated, "idle": idle, "peak": train.peak_bytes(device)}))
+        groups = made_up(prompts, args.group_size, args.max_new_tokens, vocabulary)
+        advantages = group_advantages(torch.arange(args.group_size))
+        items = [train.Item(0, None, group, advantages) for group in groups]
+
+        def updating():
+            train.backward(run, items, *count(items))
+
+        updated = min(timed(updating, device)[1] for _ in range(args.rounds))
+    print(json.dumps({"tokens": tokens, "sample": sampled, "update": updated, "idle": idle,
+                      "peak": peak_bytes(device)}))
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("what", choices=("sample", "update", "step", "memory", "grow"))
-    parser.add_argument("--model", help="Hugging Face model folder (grow: random weights without)")
-    parser.add_argument("--data", help="problems whose prompts are used")
-    parser.add_argument("--peer", choices=("transformers", "trl"), default=None, help="whom to compare with (default: transformers; trl for step)")
-    parser.add_argument("--prompts", type=int, default=8, help="the first so many problems")
-    parser.add_argument("--group-size", type=int, default=8, help="G, responses per prompt")
-    parser.add_argument("--max-new-tokens", type=int, default=200, help="longest response")
-    parser.add_argument("--rows", type=int, default=0, help="our rows in flight (default: what fits)")
-    parser.add_argument("--rows-per-pass", type=int, default=8, help="our rows in one backward pass")
-    parser.add_argument("--gradient-checkpointing", action="store_true", help="compute our activations again in backward")
-    parser.add_argument("--rounds", type=int, default=3, help="times each side runs")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
-    for hidden in ("--child", "--shared", "--shape"):
-        parser.add_argument(hidden, help=argparse.SUPPRESS)
-    parser.add_argument("--no-update", action="store_true", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.rounds < 1 or args.prompts < 1 or args.group_size < 2 or args.max_new_tokens < 1:
-        raise InputError("--rounds, --prompts and --max-new-tokens must be 1 or more, --group-size 2 or more")
-    args.peer = args.peer or ("trl" if args.what == "step" else "transformers")
-    if (args.peer == "trl") != (args.what == "step"):
-        raise InputError(f"--peer {args.peer}: TRL is the peer of `step`, transformers of the others")
-    if args.what != "grow" and not (args.model and args.data):
-        raise InputError(f"--{'data' if args.model else 'model'} is missing")
-    if args.child == "ours":
-        keep_freed_memory()
-    if args.what == "grow":
-        return grow_child(args) if args.child else grow(args, sys.argv[1:])
-    return child(args) if args.child else compare(args, sys.argv[1:])
+def load_or_make(args, device: torch.device) -> Transformer:
+    """--model, or random weights of --shape."""
+    if args.model:
+        return load_model(args.model, device)
+    with tempfile.TemporaryDirectory() as folder:
+        write_random_model(folder, args.shape)
+        return load_model(os.path.join(folder, "model"), device)
+
+
+def write_random_model(folder: str, shape: str) -> None:
+    """folder/model, of this shape."""
+    config = {"model_type": "llama", "max_position_embeddings": 32768, "tie_word_embeddings": True,
+              "rms_norm_eps": 1e-5, **SHAPES[shape]}
+    with open(os.path.join(folder, "config.json"), "w") as f:
+        json.dump(config, f)
+    model = Transformer(read_config(folder)).init_weights(torch.Generator().manual_seed(0))
+    save_model(model.bfloat16(), os.path.join(folder, "model"))
 
 
 if __name__ == "__main__":
