@@ -203,10 +203,18 @@ def compare(args, argv: list[str]) -> None:
             for line in side.end():
                 print(line)
         if args.what == "update":
-            a = load_file(gradient_file(folder, ours.who))["gradient"]
-            b = load_file(gradient_file(folder, peer.who))["gradient"]
-            difference = float((a - b).norm() / b.norm())
-            print(f"the two gradients differ by {difference:.1e} of their norm")
+            compare_gradients(args, *(gradient_file(folder, side.who) for side in (ours, peer)))
+
+
+def compare_gradients(args, ours: str, theirs: str) -> None:
+    """Prints how much they differ. In fp32 that is rounding; more is a bug."""
+    a = load_file(ours)["gradient"]
+    b = load_file(theirs)["gradient"]
+    difference = float((a - b).norm() / b.norm())
+    print(f"the two gradients differ by {difference:.1e} of their norm (without the pad token's row "
+          "of the embedding, which transformers gives no gradient from the input)")
+    if pick_dtype(args.dtype, pick_device(args.device)) == torch.float32:
+        assert difference < 1e-4, "the gradients of an update differ by more than rounding"
 
 
 def print_comparison(args, ours: Side, peer: Side) -> None:
@@ -607,8 +615,17 @@ def run_for(args, master: Transformer, dtype: torch.dtype) -> train.Run:
 
 
 def leave_gradient(args, parameters: dict[str, torch.nn.Parameter]) -> None:
-    """For the parent, which compares both sides': in the order of the names, so that they fit."""
-    parts = [parameters[name].grad.float().flatten().cpu() for name in sorted(parameters)]
+    """For the parent, which compares both sides': in the order of the names, so that they fit.
+
+    Without the embedding's row of the pad token. transformers' embedding has padding_idx, so that
+    row gets no gradient from the input; and in SmolLM2 the pad token ends every turn of a chat."""
+    pad = read_config(args.model).raw.get("pad_token_id")
+    parts = []
+    for name in sorted(parameters):
+        gradient = parameters[name].grad.float().cpu()
+        if name == "embed_tokens.weight" and pad is not None:
+            gradient = torch.cat([gradient[:pad], gradient[pad + 1:]])
+        parts.append(gradient.flatten())
     save_file({"gradient": torch.cat(parts)}, gradient_file(args.shared, args.child))
 
 
