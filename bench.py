@@ -211,8 +211,8 @@ def compare_gradients(args, ours: str, theirs: str) -> None:
     a = load_file(ours)["gradient"]
     b = load_file(theirs)["gradient"]
     difference = float((a - b).norm() / b.norm())
-    print(f"the two gradients differ by {difference:.1e} of their norm (without the pad token's row "
-          "of the embedding, which transformers gives no gradient from the input)")
+    print(f"the two gradients differ by {difference:.1e} of their norm (without the pad token's "
+          "row of the embedding, which transformers gives no gradient from the input)")
     if pick_dtype(args.dtype, pick_device(args.device)) == torch.float32:
         assert difference < 1e-4, "the gradients of an update differ by more than rounding"
 
