@@ -39,7 +39,7 @@ from logprobs import encode_prompts, score_responses
 from model import Transformer, load_model, read_config
 from sampler import prompt_generator, sample
 from support import parallel, runlog
-from support.batches import micro_batches, row_batches, stack_rows
+from support.batches import count_passes, micro_batches, row_batches, stack_rows
 from support.checkpoint import State
 from support.common import InputError, exit_cleanly, pick_dtype
 from support.cpu import keep_freed_memory
@@ -350,9 +350,11 @@ def update(run: Run, items: list[Item]) -> tuple[Counter, float | None]:
     sums = Counter()
     if total_live == 0:
         return sums, None
-    for batch in micro_batches(live, config.rows_per_pass):
+    batches = micro_batches(live, config.rows_per_pass)
+    idle = parallel.idle_passes(run.master, count_passes(batches, config.rows_per_pass))
+    for batch in batches:
         sums.update(backward(run, batch, total_rows, total_tokens))
-    parallel.finish_backward(run.master, sums["passes"])
+    parallel.finish_backward(run.master, idle)
     norm = torch.nn.utils.clip_grad_norm_(run.master.parameters(), config.max_grad_norm)
     norm = float(parallel.gather_shards(norm))
     if math.isfinite(norm):
@@ -402,7 +404,6 @@ def backward(run: Run, items: list[Item], total_rows: int, total_tokens: int) ->
         metrics["mismatch"] = (rows.logprobs - old_logprobs)[own].abs().sum()
         values = torch.stack([x.double() for x in metrics.values()]).tolist()    # one wait
         sums.update(dict(zip(metrics, values)))
-        sums["passes"] += 1
     if apart:
         prefix.backward(leaves)
     return sums

@@ -31,6 +31,12 @@ def micro_batches(items: list, rows_per_pass: int) -> list[list]:
     return [items[i:i + size] for i in range(0, len(items), size)]
 
 
+def count_passes(batches: list[list], rows_per_pass: int) -> int:
+    """How many passes `row_batches` will make of these micro-batches."""
+    rows = [sum(len(i.group.lengths) for i in batch) for batch in batches]
+    return sum(-(-n // rows_per_pass) for n in rows)
+
+
 def row_batches(items: list, rows_per_pass: int, device: torch.device) -> list[Rows]:
     """The rows of some groups, `rows_per_pass` at a time."""
     groups = [i.group for i in items]

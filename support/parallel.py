@@ -112,12 +112,18 @@ def from_first(value):
 
 # ---- Gradients -----------------------------------------------------------------------------------
 
-def finish_backward(model: torch.nn.Module, passes: int) -> None:
-    """After this process's `passes` backward passes: gradients become sums over all processes."""
+def idle_passes(model: torch.nn.Module, passes: int) -> int:
+    """How many passes of weight zero this process must add to its own. To be asked before the first
+    of them: a sharded model's passes are collectives, which all processes enter together."""
+    return max(all_gather(passes)) - passes if is_sharded(model) else 0
+
+
+def finish_backward(model: torch.nn.Module, idle: int) -> None:
+    """After this process's backward passes: gradients become sums over all processes."""
     if world() == 1:
         return
-    if is_sharded(model):    # FSDP has summed already, in collectives that all must enter
-        for _ in range(max(all_gather(passes)) - passes):
+    if is_sharded(model):    # FSDP has summed already
+        for _ in range(idle):
             idle_pass(model)
         return
     parameters = list(model.parameters())

@@ -1,7 +1,10 @@
-"""The loss beside TRL's own, on random rows: pip install "trl==1.16.*", then python -m pytest tests/test_peers.py. Skipped without it.
+"""The loss beside TRL's own, on random rows. Skipped without TRL 1.16:
 
-TRL's loss is a method of its trainer; it is called here on a stand-in that has the settings and hands it our logprobs. The
-golden numbers of test_gcpo.py come out of it in the same way.
+    pip install "trl==1.16.*"
+    python -m pytest tests/test_peers.py
+
+TRL's loss is a method of its trainer. It is called here on a stand-in that has the settings and
+hands it our logprobs. The golden numbers of test_gcpo.py come out of it in the same way.
 """
 import importlib.metadata
 import importlib.util
@@ -13,7 +16,13 @@ import torch
 from gcpo import Algorithm, policy_loss
 
 
-if importlib.util.find_spec("trl") is None or not importlib.metadata.version("trl").startswith("1.16."):
+def trl_is_there():
+    if importlib.util.find_spec("trl") is None:
+        return False
+    return importlib.metadata.version("trl").startswith("1.16.")
+
+
+if not trl_is_there():
     pytest.skip("needs trl 1.16", allow_module_level=True)
 from trl.trainer.grpo_trainer import GRPOTrainer  # noqa: E402
 
@@ -22,36 +31,80 @@ LOSS_TYPES = {"row_mean": "grpo", "token_mean": "dapo", "fixed_length": "dr_grpo
 
 
 def trl_loss(algorithm, new, old, ref, advantages, mask, max_new_tokens):
+    """What TRL makes of our logprobs, (N, T) each."""
     trainer = MagicMock()
-    trainer._get_per_token_logps_and_entropies = lambda *args, **more: (new, torch.zeros_like(new), None)
-    settings = dict(top_entropy_quantile=1.0, off_policy_mask_threshold=None, importance_sampling_level=algorithm.level, beta=algorithm.kl_coef,
-                    loss_type=LOSS_TYPES[algorithm.aggregation], epsilon_low=algorithm.clip_low, epsilon_high=algorithm.clip_high, use_vllm=False,
-                    current_gradient_accumulation_steps=1, max_completion_length=max_new_tokens, aux_loss_enabled=False, _entropy_bonus_enabled=False)
+    settings = dict(
+        importance_sampling_level=algorithm.level,
+        epsilon_low=algorithm.clip_low,
+        epsilon_high=algorithm.clip_high,
+        beta=algorithm.kl_coef,
+        loss_type=LOSS_TYPES[algorithm.aggregation],
+        max_completion_length=max_new_tokens,
+        current_gradient_accumulation_steps=1,
+        # What we do not have is switched off.
+        top_entropy_quantile=1.0,
+        off_policy_mask_threshold=None,
+        use_vllm=False,
+        aux_loss_enabled=False,
+        _entropy_bonus_enabled=False)
     for name, value in settings.items():
         setattr(trainer, name, value)
-    trainer.args.delta, trainer.args.use_bias_correction_kl, trainer.args.steps_per_generation = None, False, 1
-    trainer.accelerator.num_processes, trainer.model.training = 1, True
+    trainer.args.delta = None
+    trainer.args.use_bias_correction_kl = False
+    trainer.args.steps_per_generation = 1
+    trainer.accelerator.num_processes = 1
     trainer.accelerator.gather = lambda x: x
+    trainer.model.training = True
+
+    def our_logprobs(*args, **more):
+        return new, torch.zeros_like(new), None
+
+    trainer._get_per_token_logps_and_entropies = our_logprobs
     ids = torch.zeros_like(mask, dtype=torch.int64)
-    return GRPOTrainer._compute_loss(trainer, None, dict(
-        prompt_ids=ids[:, :1], prompt_mask=ids[:, :1] + 1, completion_ids=ids, completion_mask=mask.int(), advantages=advantages, old_per_token_logps=old,
-        ref_per_token_logps=ref, num_items_in_batch=mask.sum()))
+    inputs = dict(
+        prompt_ids=ids[:, :1],
+        prompt_mask=ids[:, :1] + 1,
+        completion_ids=ids,
+        completion_mask=mask.int(),
+        advantages=advantages,
+        old_per_token_logps=old,
+        ref_per_token_logps=ref,
+        num_items_in_batch=mask.sum())
+    return GRPOTrainer._compute_loss(trainer, None, inputs)
 
 
 @pytest.mark.parametrize("aggregation", LOSS_TYPES)
-@pytest.mark.parametrize("level, low, high", [("token", 0.2, 0.2), ("token", 0.2, 0.28), ("sequence", 3e-4, 4e-4), ("sequence", 0.2, 0.28)])
+@pytest.mark.parametrize("level, low, high", [
+    ("token", 0.2, 0.2),
+    ("token", 0.2, 0.28),
+    ("sequence", 3e-4, 4e-4),
+    ("sequence", 0.2, 0.28)])
 @pytest.mark.parametrize("kl_coef", [0.0, 0.04])
 def test_loss_and_gradient_equal_trls(aggregation, level, low, high, kl_coef):
-    """Forbids a loss or a gradient that is not TRL's, for every ratio, clip range and denominator, with and without KL."""
+    """Loss and gradient are TRL's, for every ratio, clip range and denominator, with and without
+    KL. (Bug: any other loss.)"""
+    algorithm = Algorithm(
+        "test", level=level, clip_low=low, clip_high=high, aggregation=aggregation, kl_coef=kl_coef)
     generator = torch.Generator().manual_seed(0)
-    draw = lambda *shape: torch.randn(*shape, dtype=torch.float64, generator=generator)
-    algorithm = Algorithm("test", level=level, clip_low=low, clip_high=high, aggregation=aggregation, kl_coef=kl_coef)
+
+    def draw(*shape):
+        return torch.randn(*shape, dtype=torch.float64, generator=generator)
+
     for _ in range(20):
         lengths = torch.randint(1, 10, (8, 1), generator=generator)
-        mask, old = torch.arange(9) < lengths, -draw(8, 9).abs()
-        ref, advantages = old + 0.3 * draw(8, 9), draw(8)
+        mask = torch.arange(9) < lengths
+        old = -draw(8, 9).abs()
+        ref = old + 0.3 * draw(8, 9)
+        advantages = draw(8)
         new = (old + 0.3 * draw(8, 9)).requires_grad_()
-        ours, _ = policy_loss(new, old, advantages, mask, algorithm, total_rows=8, total_tokens=int(mask.sum()), max_new_tokens=12, ref_logprobs=ref)
+        ours, _ = policy_loss(
+            new, old, advantages, mask, algorithm,
+            total_rows=8,
+            total_tokens=int(mask.sum()),
+            max_new_tokens=12,
+            ref_logprobs=ref)
         theirs = trl_loss(algorithm, new, old, ref, advantages, mask, 12)
         assert torch.allclose(ours, theirs, rtol=1e-12)
-        assert torch.allclose(*(torch.autograd.grad(loss, new)[0] for loss in (ours, theirs)), rtol=1e-10, atol=1e-14)
+        our_gradient, = torch.autograd.grad(ours, new)
+        their_gradient, = torch.autograd.grad(theirs, new)
+        assert torch.allclose(our_gradient, their_gradient, rtol=1e-10, atol=1e-14)

@@ -1,0 +1,149 @@
+"""Flags and settings: what they become, what is refused, and how a program ends."""
+import json
+import os
+import shlex
+import subprocess
+import sys
+
+import pytest
+import torch
+from test_train import ROOT, on_toy, train_with
+
+from support.common import InputError, exit_cleanly
+from support.options import Config, learning_rate, parse_flags
+from support.toy import TOY
+
+
+# ---- From flags to settings ----------------------------------------------------------------------
+
+def test_resolved_settings_are_one_command(toy, tmp_path, capsys):
+    """The command that a run prints, parsed again, gives the same settings and switches. (Bug: a
+    printed command that is another run.)"""
+    out = on_toy(toy, tmp_path / "run", "--gold-slot", "longest", "--gold-clip", "none")
+    printed = capsys.readouterr().out.splitlines()
+    line = next(line for line in printed if line.startswith("python train.py"))
+    words = shlex.split(line)[2:]
+    assert "--out" not in words    # so that a second run finds a folder of its own
+
+    config, algorithm, _ = parse_flags(words)
+    with open(os.path.join(out, "run.json")) as f:
+        record = json.load(f)
+    assert {**record["config"], "out": None} == {**vars(config), "out": None}
+    assert record["algorithm"] == vars(algorithm)
+
+
+def test_toy_defaults_are_flags():
+    """Every setting of the toy is a field of Config, and so a flag. (Bug: a toy setting that no
+    flag can change.)"""
+    assert set(TOY) <= set(Config.__dataclass_fields__)
+
+
+def test_several_updates_of_a_sequence_ratio_default_to_fp32():
+    """Several updates with a narrow clip range of a sequence ratio are computed in fp32, unless
+    asked otherwise. (Bug: a clip range below the rounding noise of bf16, which would clip nearly
+    every sequence by rounding alone.)"""
+    def dtype(*flags):
+        return parse_flags(["--model", "m", "--data", "d", *flags])[0].dtype
+
+    assert dtype() == "auto"
+    assert dtype("--updates", "2") == "float32"
+    assert dtype("--updates", "2", "--algo", "grpo") == "auto"
+    assert dtype("--updates", "2", "--clip-low", "0.1", "--clip-high", "0.1") == "auto"
+
+
+def test_learning_rate_warms_up_and_falls():
+    """The rate rises to lr in `warmup` steps, then falls, and the last step's is lr · lr_end. (Bug:
+    a first step at rate 0, or a last one that misses lr_end.)"""
+    config = Config(lr=1.0, lr_end=0.1, warmup=4, steps=14)
+    rates = [learning_rate(step, config) for step in range(14)]
+    assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert rates[-1] == pytest.approx(0.1)
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+
+
+# ---- What is refused -----------------------------------------------------------------------------
+
+@pytest.mark.parametrize("flags, words", [
+    (["--model", "{model}"], "--data is missing"),
+    (["--data", "{data}"], "--model is missing"),
+    (["--eval-data", "{data}"], "--eval-data needs"),
+    (["--model", "/nowhere", "--data", "{data}"], "no such folder"),
+    (["--model", "{model}", "--data", "/nowhere.jsonl"], "no such file"),
+    (["--steps", "0"], "--steps 0"),
+    (["--lr", "nan"], "--lr nan"),
+    (["--temperature", "0"], "--temperature 0"),
+    (["--group-size", "1"], "--group-size 1"),
+    (["--updates", "33"], "--updates 33"),
+    (["--clip-low", "-1"], "--clip-low"),
+    (["--gold-shape", "ratio"], "--gold-old one"),
+    (["--step", "3"], "--step"),
+    (["--seed", "9" * 25], "too large"),
+    (["--device", "meta"], "--device meta"),
+    (["--device", "cuda:99"], "--device cuda:99"),
+    (["--reward", "nothing.py:f"], "--reward"),
+    (["--max-new-tokens", "120"], "does not fit"),
+    (["--algo", "sft", "--max-new-tokens", "5", "--model", "{model}", "--data", "{data}"],
+     "none that can be used"),
+    (["--out", "{occupied}"], "there is something already")])
+def test_bad_input_is_one_line_and_writes_nothing(toy, tmp_path, monkeypatch, flags, words):
+    """A wrong flag or path ends in one line that names it, and leaves nothing. (Bug: a traceback, a
+    guess, or a half-made folder.)"""
+    monkeypatch.chdir(tmp_path)
+    os.mkdir("occupied")
+    open("occupied/precious", "w").close()
+    names = dict(model=toy["model"], data=toy["data"], occupied="occupied")
+    flags = [flag.format(**names) for flag in flags]
+    if "--out" not in flags:
+        flags += ["--out", "out"]
+    with pytest.raises(InputError) as error:
+        train_with(*flags)
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+    assert os.listdir("occupied") == ["precious"]
+    assert os.listdir(".") == ["occupied"]
+
+
+# ---- How a program ends --------------------------------------------------------------------------
+
+def test_exit_status_is_2_without_traceback(tmp_path):
+    """A wrong path or flag, given to the real command line, ends with status 2 and writes nothing.
+    (Bug: a traceback as the answer. This is the only test of the real command line.)"""
+    for flags in (["--model", "/nowhere", "--data", "/nowhere"], ["--level", "word"]):
+        done = subprocess.run(
+            [sys.executable, os.path.join(ROOT, "train.py"), *flags],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True)
+        assert done.returncode == 2
+        assert "Traceback" not in done.stderr
+        assert done.stdout == ""
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("error, status, words", [
+    (InputError("two\nlines"), 2, "error: two lines"),
+    (KeyboardInterrupt(), 130, "interrupted"),
+    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), 2,
+     "--rows-per-pass"),
+    (torch.OutOfMemoryError("CUDA"), 2, "--rows-per-pass")])
+def test_what_a_user_can_cause_ends_in_one_line(capsys, error, status, words):
+    """Bad input, Ctrl-C and a full memory end in one line. (Bug: a traceback for them.)"""
+    with pytest.raises(SystemExit) as end:
+        exit_cleanly(raising(error))
+    printed = capsys.readouterr().err.strip()
+    assert end.value.code == status
+    assert words in printed
+    assert "\n" not in printed
+
+
+def test_our_own_bugs_keep_their_traceback():
+    """Any other error is ours, and is raised as it is. (Bug: a bug that hides behind a line.)"""
+    with pytest.raises(RuntimeError, match="a bug"):
+        exit_cleanly(raising(RuntimeError("a bug")))
+
+
+def raising(error):
+    def main():
+        raise error
+
+    return main
