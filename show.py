@@ -55,7 +55,7 @@ def show(run: Run) -> None:
     print(f"prompt     {len(item.group.prompt)} tokens, not part of the loss")
     print_table(run, item, before, after)
     if norm is None:
-        print("\nevery advantage is 0, so there is no step")
+        print("\nno contrast: every advantage is 0, so there is no step")
     else:
         print(f"\nloss {sums['loss']:.4f} ({why(run)}), gradient norm {norm:.3g}, learning rate "
               f"{run.config.lr:g} (in training it is warmed up to)")

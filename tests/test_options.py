@@ -4,13 +4,15 @@ import os
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from test_train import ROOT, on_toy, train_with
 
+from gcpo import ALGORITHMS
 from support.common import InputError, exit_cleanly
-from support.options import Config, learning_rate, parse_flags
+from support.options import Config, learning_rate, parse_flags, sft_stage
 from support.toy import TOY
 
 
@@ -49,6 +51,39 @@ def test_several_updates_of_a_sequence_ratio_default_to_fp32():
     assert dtype("--updates", "2") == "float32"
     assert dtype("--updates", "2", "--algo", "grpo") == "auto"
     assert dtype("--updates", "2", "--clip-low", "0.1", "--clip-high", "0.1") == "auto"
+
+
+def test_sft_looks_at_aggregation_alone():
+    """SFT's loss is the same under every other switch, alone and as --sft-share's first steps;
+    --aggregation acts in both. (Bugs: a phase that ignores what was asked for; gold weighed by its
+    probability under --algo sft --gold-old one.)"""
+    def sft_of(*flags):
+        _, algorithm, given = parse_flags(["--model", "m", "--data", "d", *flags])
+        return algorithm if algorithm.train_on == "gold" else sft_stage(algorithm, given)
+
+    plain = ALGORITHMS["sft"]
+    assert sft_of("--algo", "sft") == plain
+    assert sft_of("--algo", "sft", "--gold-old", "one", "--clip-high", "0.1") == plain
+    for algo in ("sft", "sft_gcpo", "grpo"):
+        named = dict(name=algo, paper=ALGORITHMS[algo].paper)
+        share = [] if algo == "sft" else ["--sft-share", "0.5"]
+        assert sft_of("--algo", algo, *share) == replace(plain, **named)
+        mean_of_rows = sft_of("--algo", algo, *share, "--aggregation", "row_mean")
+        assert mean_of_rows == replace(plain, **named, aggregation="row_mean")
+
+
+@pytest.mark.parametrize("flags, idle", [
+    (["--algo", "sft", "--gold-old", "one", "--aggregation", "row_mean"], ["--gold-old"]),
+    (["--algo", "dpo", "--level", "sequence", "--beta", "0.2"], ["--level"]),
+    (["--algo", "luffy", "--gold-clip", "0.2", "--scale", "std"], ["--gold-clip"]),
+    (["--algo", "grpo", "--gold-slot", "first", "--clip-low", "0.1"], ["--gold-slot"]),
+    (["--algo", "gcpo", "--gold-slot", "first"], [])])
+def test_switches_without_effect_are_named(capsys, flags, idle):
+    """A switch given by hand that changes nothing is named in a note, and no other is. (Bug: an
+    ablation of a switch that cannot act.)"""
+    parse_flags(["--model", "m", "--data", "d", *flags])
+    notes = [line for line in capsys.readouterr().err.splitlines() if "does not look at" in line]
+    assert [word.strip(",") for line in notes for word in line.split() if word[:2] == "--"] == idle
 
 
 def test_learning_rate_warms_up_and_falls():

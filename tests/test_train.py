@@ -247,6 +247,17 @@ def test_sft_then_rl(toy, tmp_path):
     assert [r["gold/share"] for r in rows] == [1.0] * 4
 
 
+def test_aggregation_acts_in_both_phases(toy, tmp_path):
+    """--aggregation given by hand changes SFT's steps too, and a run that goes on must keep it."""
+    first_norms = []
+    for name, flags in (("a", []), ("b", ["--aggregation", "fixed_length"])):
+        out = on_toy(toy, tmp_path / name, "--algo", "sft_gcpo", "--steps", "2", *flags)
+        first_norms.append(metrics_of(out)[1]["update/grad_norm"])
+    assert first_norms[0] != first_norms[1]
+    with pytest.raises(InputError, match="aggregation was"):
+        on_toy(toy, tmp_path / "b", "--algo", "sft_gcpo", "--steps", "2", "--resume")
+
+
 def test_a_stopped_run_keeps_its_model(tmp_path):
     """After Ctrl-C the model as it was is saved, the log is whole, and one line says where. (Bug:
     hours lost to Ctrl-C.)"""
