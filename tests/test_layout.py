@@ -99,7 +99,8 @@ def test_docs_name_tests_that_exist():
     with open(os.path.join(ROOT, "docs", "bugs.md"), encoding="utf-8") as f:
         text = f.read()
     tests = ""
-    for path in [*glob.glob(os.path.join(ROOT, "tests", "*.py")), os.path.join(ROOT, "test_gcpo.py")]:
+    files = glob.glob(os.path.join(ROOT, "tests", "*.py"))
+    for path in [*files, os.path.join(ROOT, "test_gcpo.py")]:
         with open(path, encoding="utf-8") as f:
             tests += f.read()
     numbers = [int(n) for n in re.findall(r"^\| (\d+) \|", text, flags=re.M)]
