@@ -156,8 +156,8 @@ def read_problems(
     """Problems from .jsonl, .jsonl.gz or .json (a list), in any of FORMATS.
 
     Gold is the record's own `gold`, or its solution with the answer on a last line in
-    `answer_format` (unless it ends with that in a box already). Raises InputError with file and
-    line."""
+    `answer_format` (unless that is boxed, and is in the solution already). Raises InputError with
+    file and line."""
     problems = [parse_record(record, answer_format, answer_only_gold, source)
                 for source, record in read_records(path)]
     if not problems:

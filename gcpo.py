@@ -10,7 +10,7 @@ contrast, and the hardest problems, which have most to teach, teach nothing.
 GCPO then replaces one of the wrong responses by the reference ("gold") answer y*, with reward 1,
 and goes on as usual:
 
-    A_i = (r_i − mean r) / (std r + 1e-4)                                group_advantages
+    A_i = (r_i − mean r) / (std r + 1e-4), std of n − 1                  group_advantages
     s_i = exp( mean_t [ log π_θ(y_i,t) − log π_old(y_i,t) ] )            log_ratio
     J   = mean_i min( s_i A_i, clip(s_i, 1 − ε_low, 1 + ε_high) A_i )    policy_loss, which is −J
 
@@ -44,7 +44,7 @@ from torch import Tensor
 
 
 ADVANTAGE_EPS = 1e-4    # damps A if rewards hardly differ (GRPO as TRL computes it)
-LOG_RATIO_LIMIT = 20.0  # e^20 is far outside any clip range, and still finite in every dtype
+LOG_RATIO_LIMIT = 20.0  # e^20 is far outside any clip range, and still finite in fp32 and bf16
 SHAPE_GAMMA = 0.1       # LUFFY's γ (arXiv 2504.14945)
 
 
@@ -57,7 +57,7 @@ class Group:
     responses: Tensor  # (G, T) int64, right-padded; what stands in the padding does not matter
     lengths: Tensor    # (G,) int64, tokens of each response, its end token included
     finished: Tensor   # (G,) bool, True if the response ended by itself, not by the length limit
-    logprobs: Tensor   # (G, T) fp32, the sampler's: only a metric (train.learn scores π_old anew)
+    logprobs: Tensor   # (G, T) fp32, the sampler's: only a metric, never π_old
     correct: Tensor    # (G,) bool, what gold substitution looks at; gold itself is correct too
     rewards: Tensor    # (G,) fp32, what advantages look at
     is_gold: Tensor    # (G,) bool, True on a row that is the reference answer
@@ -308,7 +308,7 @@ def importance_ratio(
     if algorithm.gold_old == "one":
         old_logprobs = torch.where(gold, 0.0, old_logprobs)         # log 1
     ratio = log_ratio(logprobs, old_logprobs, mask, algorithm.level).exp()
-    if algorithm.gold_shape == "ratio":                             # LUFFY, eq. 5
+    if algorithm.gold_shape == "ratio":    # LUFFY, eq. 5; gold_old is one, so the ratio is p
         p = log_ratio(logprobs, old_logprobs, mask, "token").exp()
         ratio = torch.where(gold, p / (p + SHAPE_GAMMA), ratio)
     return ratio
@@ -366,10 +366,9 @@ def policy_loss(
     logprobs (N, T) carry the gradient; old_logprobs (N, T), advantages (N,) and mask (N, T) do not.
     `context` are the fields of LossContext: total_rows=, total_tokens=, and others if needed.
     If a batch gets one update, pass `logprobs.detach()` as old_logprobs: the ratio is then exactly
-    1, and its gradient is not 0.
+    1, and with row_mean dL/dlogprobs is −A_i / (tokens of row i · total_rows), which is not 0.
 
-    Returns (loss, sums): a scalar to minimise, and scalars for the metrics. Both add up over the
-    parts of an update."""
+    Returns (loss, sums), a scalar and scalars for metrics; both add up over an update's parts."""
     context = LossContext(**context)
     is_gold = context.is_gold
     if is_gold is None:
@@ -380,8 +379,8 @@ def policy_loss(
 
     ratio = importance_ratio(logprobs, old_logprobs, mask, is_gold, algorithm)       # (N, T)
     low, high = clip_range(is_gold, algorithm, logprobs.dtype)                       # (N, 1)
-    # At ratio 1 both are equal: autograd gives half of the gradient to each, and clamp passes its
-    # half on.
+    # Inside the clip range both are equal: minimum then gives half of the gradient to each, and
+    # clamp passes its half on. Together that is all of it.
     surrogate = torch.minimum(ratio * advantage, ratio.clamp(low, high) * advantage)
     token_loss = -surrogate                                                          # (N, T)
     if algorithm.kl_coef > 0:

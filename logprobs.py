@@ -1,4 +1,4 @@
-"""What a model says of a group: the log-probability of every response token.
+"""Log-probabilities of a group's responses under a model, token by token.
 
 Three rules make it fast, and exact:
 
@@ -128,7 +128,7 @@ def score_responses(
         last, hidden = run_with_prompts(model, prompts, attention, tokens, positions)
 
     states = torch.cat([last.index_select(0, prompt_of), hidden])               # (N + M, D)
-    # Of the token that each state predicts: first column 0 of every row, then the column after
+    # Row and column of the token that each state predicts
     rows = torch.cat([torch.arange(N, device=responses.device), inputs.rows])
     columns = torch.cat([torch.zeros_like(prompt_of), inputs.columns + 1])
     logprobs, entropy = linear_logprobs(

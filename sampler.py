@@ -3,8 +3,8 @@
 The prompt of a group runs once (`prefill`); its G responses then grow together, one token at a time
 (`decode`), all reading the prompt's keys and values from one place. A row that ends leaves the
 batch at once, and waiting prompts enter as soon as there is room: neither finished rows nor
-padding go through the network. (A GPU does not like to be asked, nor new sizes: there we look for
-finished rows every 16 tokens only, and fill the batch up to a round number of rows.)
+padding go through the network. (Reading back from a GPU stalls it, and so do new sizes: there we
+look for finished rows every 16 tokens only, and fill the batch up to a round number of rows.)
 
 Randomness belongs to the row, not to the batch. Each prompt has a generator, seeded from (seed,
 prompt id, repeat), that gives one uniform number per row and position; a token is where the
@@ -129,14 +129,14 @@ class Batch:
     row     a response that is being sampled: 0 … N − 1, compact; the last takes a leaver's number
     seat    a prompt in flight, 0 … B − 1, compact likewise; its keys and values are stored by seat
     place   a row's number in its group, 0 … G − 1
-    slot    seat · G + place: leads from a row to its prompt
+    cell    seat · G + place: leads from a row to its prompt
 
         G = 2      place 0   place 1        prompt cache     own cache, by row
-        seat 0      row 0     row 3         P columns        row 0   slot 0   T columns
-        seat 1      row 1       –           P columns        row 1   slot 2
-        seat 2      row 4     row 2         P columns        row 2   slot 5
-                                                             row 3   slot 1
-        (– : a row that has ended)                           row 4   slot 4
+        seat 0      row 0     row 3         P columns        row 0   cell 0   T columns
+        seat 1      row 1       –           P columns        row 1   cell 2
+        seat 2      row 4     row 2         P columns        row 2   cell 5
+                                                             row 3   cell 1
+        (– : a row that has ended)                           row 4   cell 4
 
     Keys lie transposed, (…, d, columns), as the score product wants them. What decoding reads and
     writes lies in fixed tensors on the device, so that a GPU can replay what it has recorded. What
@@ -156,7 +156,7 @@ class Batch:
         self.recorder = StepRecorder() if device.type == "cuda" else None
 
         # On the device: keys and values, numbers of each seat, and numbers of each row. Rows that
-        # are not alive have the slot after the last seat's.
+        # are not alive have the cell after the last seat's.
         self.of_prompts = Cache(model, seats)    # .k (seats, K, d, P), .v (seats, K, P, d)
         self.own = Cache(model, rows)            # .k (rows, K, d, T), .v (rows, K, T, d)
 
@@ -164,7 +164,7 @@ class Batch:
             return torch.zeros(shape, dtype=dtype, device=device)
 
         self.prompt_length = zeros(seats + 1)    # one more, for rows that are not alive
-        self.slot = zeros(rows) + seats * group_size
+        self.cell = zeros(rows) + seats * group_size
         self.length = zeros(rows)                # tokens so far
         self.ended = zeros(rows, dtype=torch.bool)
         self.tokens = zeros(rows, max_new_tokens)
@@ -173,7 +173,7 @@ class Batch:
         self.stop_ids = torch.tensor(sorted(sampling.stop_ids), dtype=torch.int64, device=device)
 
         # On the host
-        self.now = 0                             # tokens decoded so far, of any row
+        self.now = 0                             # tokens decoded since the beginning
         self.rows: list[Row] = []                # those alive
         self.alive_in: list[int] = []            # of each seat: its rows alive
         self.seat_lengths: list[int] = []        # of each seat: its prompt's length
@@ -222,7 +222,7 @@ class Batch:
             self.of_prompts.k[layer][seats, :, :, :P] = k.transpose(2, 3)
             self.of_prompts.v[layer][seats, :, :P] = v
         self.prompt_length[seats] = prefix.lengths
-        self.slot[rows] = torch.arange(
+        self.cell[rows] = torch.arange(
             seats.start * self.G, seats.stop * self.G, device=self.device)
         self.length[rows] = 0
         self.ended[rows] = False
@@ -249,7 +249,7 @@ class Batch:
         """One more token for rows 0 … N − 1 (those alive, filled up), with prompts in B seats."""
         row = torch.arange(N, device=self.device)
         at = self.length[:N] - 1    # (N,) column of the token to run, which the cache lacks yet
-        prompt_length = self.prompt_length[self.slot[:N] // self.G]                  # (N,)
+        prompt_length = self.prompt_length[self.cell[:N] // self.G]                  # (N,)
         attend = self.attention(row, at, prompt_length, B)
         hidden = self.model(                                                         # (N, 1, D)
             self.tokens[row, at][:, None], attend=attend,
@@ -262,16 +262,16 @@ class Batch:
         To read a prompt's keys once for all its rows, queries move from rows (N) to the grid of
         seats × places (B, G) and back. For the picture above (N = 5, B = 3, G = 2), with one head:
 
-            to_grid   = [0, 3, 1, 0, 4, 2]    the row at each slot; 0 where there is none,
+            to_grid   = [0, 3, 1, 0, 4, 2]    the row at each cell; 0 where there is none,
                                               and what is computed there is never read
-            from_grid = [0, 2, 5, 1, 4]       the slot of each row
+            from_grid = [0, 2, 5, 1, 4]       the cell of each row
 
-        With K heads, row r's head h is at r·K + h, and slot s's at (seat·K + h)·G + place.
+        With K heads, row r's head h is at r·K + h, and cell s's at (seat·K + h)·G + place.
         """
         N, G = len(row), self.G
         K = self.model.config.num_key_value_heads
         P, T = self.of_prompts.width, self.own.width
-        slot = self.slot[:N]
+        cell = self.cell[:N]
         column = torch.arange(max(P, T), device=self.device)
         beyond_prompt = column[:P] >= prompt_length[:, None]                         # (N, P)
         absent = torch.cat([beyond_prompt, column[:T] > at[:, None]], dim=1)         # (N, P + T)
@@ -279,10 +279,10 @@ class Batch:
         mask = mask.masked_fill(absent, float("-inf"))[:, None, None]
 
         heads = torch.arange(K, device=self.device)
-        row_at = row.new_zeros(self.max_seats * G + 1).index_copy(0, slot, row)[:B * G]
+        row_at = row.new_zeros(self.max_seats * G + 1).index_copy(0, cell, row)[:B * G]
         to_grid = (row_at.view(B, 1, G) * K + heads[:, None]).flatten()              # (B·K·G,)
-        seat = (slot // G).clamp(max=B - 1)
-        from_grid = ((seat[:, None] * K + heads) * G + slot[:, None] % G).flatten()  # (N·K,)
+        seat = (cell // G).clamp(max=B - 1)
+        from_grid = ((seat[:, None] * K + heads) * G + cell[:, None] % G).flatten()  # (N·K,)
 
         def into_grid(x):
             """(N, K, S, m) -> (B, K, G·S, m)"""
@@ -313,8 +313,8 @@ class Batch:
 
     def leave(self, rows: list[int]) -> None:
         """Take rows out. The last ones alive move to their numbers; empty seats are given up."""
-        for slot in self.slot[rows].tolist():
-            self.alive_in[slot // self.G] -= 1
+        for cell in self.cell[rows].tolist():
+            self.alive_in[cell // self.G] -= 1
         gone = set(rows)
         kept = [row for row in range(len(self.rows)) if row not in gone]
         N = len(kept)
@@ -323,27 +323,27 @@ class Batch:
         if holes:
             to = torch.tensor(holes, device=self.device)
             source = torch.tensor(movers, device=self.device)
-            for column in (*self.own.k, *self.own.v, self.slot, self.length, self.ended,
+            for column in (*self.own.k, *self.own.v, self.cell, self.length, self.ended,
                            self.tokens, self.logprobs, self.uniforms):
                 column[to] = column[source]
             for hole, mover in zip(holes, movers):
                 self.rows[hole] = self.rows[mover]
         del self.rows[N:]
-        self.slot[N:] = self.max_seats * self.G
+        self.cell[N:] = self.max_seats * self.G
         for seat in reversed(range(len(self.alive_in))):
             if self.alive_in[seat] == 0:
                 self.give_up_seat(seat)
 
     def give_up_seat(self, seat: int) -> None:
-        """The last seat's prompt moves here, and its rows' slots with it."""
+        """The last seat's prompt moves here, and its rows' cells with it."""
         last = len(self.alive_in) - 1
         if seat != last:
             for cache in (*self.of_prompts.k, *self.of_prompts.v, self.prompt_length):
                 cache[seat] = cache[last]
             self.alive_in[seat] = self.alive_in[last]
             self.seat_lengths[seat] = self.seat_lengths[last]
-            slots = self.slot[:len(self.rows)]
-            slots[slots // self.G == last] -= (last - seat) * self.G
+            cells = self.cell[:len(self.rows)]
+            cells[cells // self.G == last] -= (last - seat) * self.G
         self.alive_in.pop()
         self.seat_lengths.pop()
 

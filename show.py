@@ -51,7 +51,7 @@ def show(run: Run) -> None:
 
     print()
     print(f"question   {item.problem.question}")
-    print(f"reference  {item.problem.answer}")
+    print(f"answer     {item.problem.answer}")
     print(f"prompt     {len(item.group.prompt)} tokens, not part of the loss")
     print_table(run, item, before, after)
     if norm is None:

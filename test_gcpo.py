@@ -1,8 +1,8 @@
 """What gcpo.py promises, meant to be read.
 
 Each promise is held against numbers of others, a published formula, or the plain way of computing
-it. Every test names the bug it forbids, most of them found in published code (docs/bugs.md). The
-heavy tests (transformers' logits, samplers, broken files, whole runs) are in tests/.
+it. Most name the bug they forbid, which was found in published code (docs/bugs.md). The heavy
+tests (transformers' logits, samplers, broken files, whole runs) are in tests/.
 
     python -m pytest                 all of them
     python -m pytest test_gcpo.py    these

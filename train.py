@@ -1,9 +1,9 @@
 """Training: sample → grade → substitute gold → advantages → updates → log → evaluate → save.
 
-    python train.py                                      the toy: GCPO learns, GRPO takes no step
+    python train.py                                      the toy, by GCPO
     python train.py --model DIR --data gsm8k.jsonl       a real model and real problems
 
-Read from top to bottom, it goes down the stairs once:
+From top to bottom, each function calls the next:
 
     main      settings, model and problems
     train     the loop over steps
@@ -14,9 +14,9 @@ Read from top to bottom, it goes down the stairs once:
 
 Two models appear everywhere. The *master* is the fp32 weights that AdamW steps. The *policy* is
 what samples and scores: a bf16 copy of the master where bf16 is faster, else the master itself. A
-copy hands each gradient on to the master as soon as backward has computed it (support/policy.py, 46
-lines). With torchrun, every process runs this file on its part of the step's problems
-(support/parallel.py).
+copy hands each gradient on to the master (support/policy.py). What follows a step's updates, from
+metrics to checkpoint, is support/record.py. With torchrun, every process runs this file on its part
+of the step's problems (support/parallel.py).
 """
 from __future__ import annotations
 
@@ -162,9 +162,9 @@ def train(run: Run, log, checkpoint: str | None = None, stopping=lambda: False):
             param_group["lr"] = learning_rate(step, run.config)
 
         rollouts, items = collect(stage, step, record.state)
-        record.tick()
+        record.tick("sample")
         learned = learn(stage, items)
-        record.tick()
+        record.tick("update")
 
         record.measure(rollouts, items, learned)
         record.evaluate_if_due()
@@ -207,7 +207,7 @@ def collect(run: Run, step: int, state: State) -> tuple[list[Group], list[Item]]
         tried += len(numbers)
         rollouts += groups
         for item in items:
-            right = int(item.group.correct.sum())
+            right = int(item.group.correct.sum())    # gold among them
             if dynamic and right in (0, config.group_size):
                 # No contrast in correctness: zero advantage, even if the overlong penalty made
                 # rewards differ.
@@ -263,7 +263,7 @@ def sample_and_grade(run: Run, step: int, numbers: list[int], first: int, state:
         groups.append(group)
         outcomes.append((number, bool(group.correct.all())))
         if p.gold_ids is not None:
-            generator = prompt_generator((config.seed, step, 1), position, 0)
+            generator = prompt_generator((config.seed, step, 1), position, 0)    # 1: not sampling's
             group = substitute_gold(group, p.gold_ids, algorithm, generator, p.gold_reward)
         items.append(Item(position, p, group, group_advantages(group.rewards, algorithm.scale)))
     if algorithm.resample == "history":
@@ -287,11 +287,12 @@ def renumber(kept: list[Item], spare: list[Item], count: int) -> list[Item]:
 # ---- The updates of a step -----------------------------------------------------------------------
 
 def learn(run: Run, items: list[Item]) -> Learned:
-    """All updates of a step, each on its minibatch: equal parts of the step's groups, in order.
-    Each group is used in exactly one update.
+    """All updates of a step, each on its minibatch: (nearly) equal parts of the step's groups, in
+    order. Each group is used in exactly one update.
 
-    π_old is scored before the first update moves the weights. The first update needs none: there
-    the policy is still π_old. Nor does SFT, whose ratio is 1 by definition."""
+    π_old of later minibatches is scored here, before the first update moves the weights. The first
+    needs none: there the policy is π_old, and `backward` detaches its logprobs. Nor does SFT, whose
+    ratio is 1 by definition."""
     config = run.config
     minibatches = [[] for _ in range(config.updates)]
     for item in items:
@@ -308,7 +309,7 @@ def learn(run: Run, items: list[Item]) -> Learned:
     learned = Learned(Counter(), [], None)
     for batch in minibatches:
         sums, norm = update(run, batch)
-        learned.sums.update(sums)
+        learned.sums.update(sums)    # a Counter's update adds
         learned.norms.append(norm)
         if runlog.is_bad(norm) and learned.suspect is None:
             learned.suspect = next((i for i in batch if i.has_contrast), None)
@@ -317,7 +318,7 @@ def learn(run: Run, items: list[Item]) -> Learned:
 
 @torch.no_grad()
 def score(model: Transformer, items: list[Item], config: Config) -> list[torch.Tensor]:
-    """What a model says of each group's responses: logprobs (G, T) on the CPU, no gradient."""
+    """Logprobs (G, T) of each group's responses under a model, on the CPU, without gradient."""
     scores = []
     for batch in micro_batches(items, config.rows_per_pass):
         prompts = [i.group.prompt for i in batch]
@@ -328,6 +329,7 @@ def score(model: Transformer, items: list[Item], config: Config) -> list[torch.T
             score_responses(model, prompts, rows.prompt_of, rows.responses, rows.lengths,
                             config.temperature)[0].cpu()
             for rows in parts])
+        # The batch may be wider or narrower than a group: back to the group's own T.
         for item, x in zip(batch, logprobs.split([len(i.group.lengths) for i in batch])):
             T = item.group.responses.shape[1]
             scores.append(torch.nn.functional.pad(x, (0, max(0, T - x.shape[1])))[:, :T])
@@ -368,11 +370,12 @@ def backward(run: Run, items: list[Item], total_rows: int, total_tokens: int) ->
     """Add the gradient of some whole groups to the master's. Returns sums for the metrics.
 
     If the groups have more than `rows_per_pass` rows, the prompt runs apart, and the rows a few at
-    a time (see logprobs.Prefix): the gradient of a single pass, with the memory of a few rows. With
-    --shard, every process must make the same passes, so the prompt runs again in each."""
+    a time (see logprobs.Prefix; skip `apart` at first reading): the gradient of a single pass, with
+    the memory of a few rows. With --shard, every process must make the same passes, so the prompt
+    runs again in each."""
     config, algorithm = run.config, run.algorithm
     sharded = parallel.is_sharded(run.master)
-    model = run.master if sharded else run.policy    # of shards, FSDP computes the gradient itself
+    model = run.master if sharded else run.policy    # if sharded, FSDP needs the passes itself
     loss_of = pair_loss if algorithm.objective == "pairs" else policy_loss
     passes = row_batches(items, config.rows_per_pass, model.device)
     if algorithm.objective == "pairs" and (len(items), len(passes)) != (1, 1):
@@ -397,12 +400,12 @@ def backward(run: Run, items: list[Item], total_rows: int, total_tokens: int) ->
             total_rows=total_rows, total_tokens=total_tokens,
             max_new_tokens=config.max_new_tokens, is_gold=rows.is_gold,
             ref_logprobs=rows.ref_logprobs)
-        loss.backward()    # a policy that is a copy hands the gradient on to the master
+        loss.backward()    # into the master's gradients, through support/policy.py if it is a copy
         own = rows.mask & ~rows.is_gold[:, None]
         metrics["loss"] = loss.detach()
         metrics["entropy"] = entropy[own].sum()
         metrics["mismatch"] = (rows.logprobs - old_logprobs)[own].abs().sum()
-        values = torch.stack([x.double() for x in metrics.values()]).tolist()    # one wait
+        values = torch.stack([x.double() for x in metrics.values()]).tolist()    # one device sync
         sums.update(dict(zip(metrics, values)))
     if apart:
         prefix.backward(leaves)

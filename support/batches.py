@@ -1,6 +1,6 @@
 """Groups that go through the network together, and their rows stacked.
 
-Both functions take train.Items, or anything with their fields: group, advantages, old_logprobs and
+All functions take train.Items, or anything with their fields: group, advantages, old_logprobs and
 ref_logprobs. Letters: N rows, T the longest response among them.
 """
 from __future__ import annotations

@@ -78,7 +78,7 @@ def rows_in_cache(lengths: list[int], heads: int, prompt_length: int) -> list[sl
 class MaskedAttention(torch.autograd.Function):
     """softmax(q kᵀ / √d + mask) v by bare products; the weights are computed again in backward.
 
-    q (N, K, M, d), k and v (N, K, L, d), mask (N or 1, 1, M, L). Half the time of PyTorch's
+    q (N, K, m, d), k and v (N, K, L, d), mask (N or 1, 1, m, L). Half the time of PyTorch's
     scaled_dot_product_attention on a CPU, for parts of `rows_in_cache` (`bench.py update`).
 
     With p the weights and δ = Σ dL/dout · out of one query, dL/dscores = p (dL/dp − δ)
@@ -86,7 +86,7 @@ class MaskedAttention(torch.autograd.Function):
     @staticmethod
     def weights(q, k, mask):
         scores = torch.add(mask, q @ k.transpose(2, 3), alpha=q.shape[3]**-0.5)
-        return scores.softmax(-1)                               # (N, K, M, L), at least fp32
+        return scores.softmax(-1)                               # (N, K, m, L), at least fp32
 
     @staticmethod
     def forward(ctx, q, k, v, mask):

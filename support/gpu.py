@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """softmax(q kᵀ / √d + mask) v: q (N, K, M, d), k and v (N, K, L, d), mask (N or 1, 1, M, L) in
+    """softmax(q kᵀ / √d + mask) v: q (N, K, m, d), k and v (N, K, L, d), mask (N or 1, 1, m, L) in
     q's dtype."""
     mask = mask.expand(q.shape[0], -1, -1, -1)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)

@@ -83,8 +83,8 @@ class Config:
                                    "large one, or several small ones")
     gradient_checkpointing: bool = switch(False, "compute activations again in backward: less "
                                                  "memory, about a third more time")
-    shard: bool = switch(False, "each of torchrun's processes keeps only its part of weights, "
-                                "gradients and moments, for models larger than one device")
+    shard: bool = switch(False, "each of torchrun's processes keeps only its part of fp32 weights, "
+                                "gradients and moments, beside a whole copy that samples")
 
 
 GROUPS = {  # --help's headings, each with the first of its flags, in Config's order

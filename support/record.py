@@ -59,12 +59,12 @@ class Record:
         """The number of each step, from 0, with a progress bar and a clock for each."""
         self.bar = runlog.progress_bar(self.run, self.state.step)
         for step in self.bar:
-            self.times = [time.perf_counter()]
+            self.times = {"begin": time.perf_counter()}
             yield step
 
-    def tick(self) -> None:
-        """The sampling, and then the updates, are done."""
-        self.times.append(time.perf_counter())
+    def tick(self, what: str) -> None:
+        """The step's "sample", or its "update", is done."""
+        self.times[what] = time.perf_counter()
 
     def measure(self, rollouts: list, items: list, learned) -> None:
         """The step's metrics, over all processes."""
@@ -72,7 +72,7 @@ class Record:
         self.state.step += 1
         report = runlog.gather_step(
             self.run, self.state.step, rollouts, items, learned, self.stopping())
-        began, sampled, updated = self.times
+        began, sampled, updated = self.times.values()
         self.sample = report.sample
         self.stop = report.stop
         self.metrics = report.metrics | {
