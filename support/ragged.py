@@ -97,7 +97,7 @@ class RaggedAttention:
             if self.P:                                                          # (n, K, P + t, d)
                 part_k = torch.cat([keys.index_select(0, part.prompt_of), part_k], dim=2)
                 part_v = torch.cat([values.index_select(0, part.prompt_of), part_v], dim=2)
-            # The S query heads that share a key head stand below each other: no key is copied S times.
+            # The S query heads that share a key head stand below each other, and read it once.
             folded = part_q.reshape(n, K, H // K * t, d)
             out = attention(folded, part_k, part_v, self.masks[i])              # (n, K, S·t, d)
             outs.append(part.ragged.flatten(out.reshape(n, H, t, d)))
