@@ -95,11 +95,9 @@ class Algorithm:
                                      "unclipped (LUFFY)", ("none", "ratio"))
     gold_clip: float | None = switch(None, "gold's own upper clip; none: gold is never clipped")
 
-    # Advantages
+    # Advantages, the ratio and its clip range, and the loss
     scale: str = switch("std", "divide a group's advantages by its standard deviation, or do not "
                                "(Dr. GRPO)", ("std", "none"))
-
-    # The ratio, its clip range, and the loss
     level: str = switch("token", "one importance ratio per token, or per sequence (the geometric "
                                  "mean of its tokens')", ("sequence", "token"))
     clip_low: float = switch(0.2, "ε_low: no gradient once a bad row's ratio is below 1 − ε_low")

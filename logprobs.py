@@ -72,7 +72,7 @@ def encode_prompts(model: Transformer, prompts: list[Tensor]) -> Prefix:
     lengths = lengths_of(prompts, model.device)
     ragged = Ragged(lengths, max(len(p) for p in prompts))
     attention = RaggedAttention(lengths, model.config.num_attention_heads)
-    keys = {}      # not lists: gradient checkpointing calls `attend` again, in backward
+    keys = {}      # by layer: gradient checkpointing calls `attend` again, and must not append
     values = {}
 
     def attend(layer, q, k, v):                               # (1, heads, M, d) each

@@ -88,8 +88,10 @@ def why(run: Run) -> str:
         return "−1 by construction, ratio times advantage"
     if run.algorithm.objective == "pairs":
         return "log 2 where a model is its own reference"
+    if run.algorithm.gold_old == "one":
+        return "advantages add up to 0, but gold's ratio is not 1"
     if run.algorithm.aggregation != "row_mean":
-        return "near 0: ratios are 1 and advantages add up to 0, but long rows weigh more"
+        return "ratios are 1 and advantages add up to 0, but long rows weigh more"
     return "about 0 for a mean over rows, as ratios are 1 and advantages add up to 0"
 
 

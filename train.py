@@ -3,7 +3,7 @@
     python train.py                                      the toy, by GCPO
     python train.py --model DIR --data gsm8k.jsonl       a real model and real problems
 
-From top to bottom, each function calls the next:
+From top to bottom, in the order in which they run:
 
     main      settings, model and problems
     train     the loop over steps
@@ -94,7 +94,7 @@ class Learned:
 def main():
     keep_freed_memory()
     config, algorithm, given = parse_flags()
-    if config.show:
+    if config.show:    # a program of its own, which imports this one
         return runpy.run_path(os.path.join(runlog.ROOT, "show.py"), run_name="__main__")
     device = set_up_process(config)
     config = place_run(config, algorithm)
@@ -263,7 +263,8 @@ def sample_and_grade(run: Run, step: int, numbers: list[int], first: int, state:
         groups.append(group)
         outcomes.append((number, bool(group.correct.all())))
         if p.gold_ids is not None:
-            generator = prompt_generator((config.seed, step, 1), position, 0)    # 1: not sampling's
+            # A third number in the seed: another stream than the sampler's
+            generator = prompt_generator((config.seed, step, 1), position, 0)
             group = substitute_gold(group, p.gold_ids, algorithm, generator, p.gold_reward)
         items.append(Item(position, p, group, group_advantages(group.rewards, algorithm.scale)))
     if algorithm.resample == "history":
@@ -275,7 +276,8 @@ def sample_and_grade(run: Run, step: int, numbers: list[int], first: int, state:
 
 def renumber(kept: list[Item], spare: list[Item], count: int) -> list[Item]:
     """Positions 0 … count − 1 for those kept, filled up with the latest spare ones. Over all
-    processes, because the position decides which update a group belongs to."""
+    processes, because the position decides which update a group belongs to. (Without dynamic
+    sampling it changes nothing.)"""
     positions = lambda items: sum(parallel.all_gather([i.position for i in items]), [])
     order = sorted(positions(kept))
     order += sorted(positions(spare), reverse=True)[:count - len(order)]
@@ -386,7 +388,7 @@ def backward(run: Run, items: list[Item], total_rows: int, total_tokens: int) ->
     if apart:
         prefix = encode_prompts(model, prompts)
         leaves = prefix.cut()
-        prompts = leaves
+        prompts = leaves    # from here on a Prefix, no list
 
     sums = Counter()
     for rows in passes:

@@ -38,7 +38,7 @@ class State:
     best_step: int | None = None    # which was after this step
     # The order of problems (train.next_problems)
     epoch: int = 0                  # passes over the data before this one
-    taken: int = 0                  # problems of this epoch that have been sampled
+    taken: int = 0                  # place in this epoch's order, those `dropped` not counted
     solved: list = field(default_factory=list)     # --resample history: all rollouts were right
     dropped: list = field(default_factory=list)    # … when this epoch began, so left out of it
 
@@ -258,8 +258,8 @@ def refuse_changes(out: str, settings: dict) -> None:
     for name, new in settings.items():
         old = was.get(name)
         if name == "algorithm" and isinstance(old, dict) and old != new:
-            name = next(key for key in new if new[key] != old.get(key))
-            old, new = old.get(name), new[name]
+            name = next(key for key in {**new, **old} if new.get(key) != old.get(key))
+            old, new = old.get(name), new.get(name)
         if old != new:
             flag = name.replace("_", "-")
             raise InputError(f"--resume: {flag} was {old!r} when {out} began, and is {new!r} now; "

@@ -140,8 +140,9 @@ def parse_flags(argv: list[str] | None = None) -> tuple[Config, Algorithm, dict]
 
 
 def only_gold(algorithm: Algorithm, aggregation: str) -> Algorithm:
-    """SFT under the algorithm's name. Its ratio is 1 by definition and its advantage 1, so of all
-    switches of the loss only `aggregation` acts on it."""
+    """SFT under the algorithm's name. Nothing is sampled, its ratio is 1 by definition and its
+    advantage 1: so of all switches only `aggregation` acts on it. (What SFT must heed as well is a
+    field of Config.)"""
     return replace(ALGORITHMS["sft"], name=algorithm.name, paper=algorithm.paper,
                    aggregation=aggregation)
 

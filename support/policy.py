@@ -15,7 +15,8 @@ def make_policy(master: Transformer, dtype: torch.dtype) -> Transformer:
     """The master itself in fp32, else a copy in `dtype` whose gradients arrive at the master.
 
     A gradient is moved as soon as backward has completed it, so that those of many groups add up in
-    fp32. (A sharded master has a whole copy in any dtype; gradients are then the master's own.)"""
+    fp32. (With --shard there is a copy in fp32 too, which only samples and scores: gradients are
+    then computed by the master's own shards, and no hook fires.)"""
     if dtype == torch.float32 and not parallel.is_sharded(master):
         return master
     with torch.device("meta"):
@@ -28,6 +29,7 @@ def make_policy(master: Transformer, dtype: torch.dtype) -> Transformer:
 
 
 def move_gradient_to(master_p: torch.nn.Parameter):
+    """A hook for the policy's parameter: its gradient is added to the master's, and cleared."""
     def move(p):
         if master_p.grad is None:
             master_p.grad = p.grad.float()

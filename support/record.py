@@ -19,7 +19,8 @@ from support.policy import refresh_policy
 
 
 class Record:
-    """The steps of a run, and what is kept of them. Methods are called once a step, in this order.
+    """The steps of a run, and what is kept of them. train.train calls `measure`, `evaluate_if_due`,
+    `write`, `save_if_due` and `end_if_need_be` once a step, in this order.
 
     run: a train.Run. log(kind, record) writes a line of metrics.jsonl or samples.jsonl. stopping()
     says whether somebody has asked to stop. `state` is where the run stands."""
@@ -28,7 +29,7 @@ class Record:
         self.log = log
         self.stopping = stopping
         self.tokenizer_files = os.path.join(run.config.out, "tokenizer")
-        self.bf16_change = runlog.Bf16Change(run.master)
+        self.bf16_change = runlog.Bf16Change(run.master)    # before `resume`: the start's weights
         self.state = State()
         if checkpoint:
             self.resume(checkpoint)
@@ -45,7 +46,7 @@ class Record:
         if self.state.step > run.config.steps:
             raise InputError(f"--steps {run.config.steps}: the run in {run.config.out} is at step "
                              f"{self.state.step} already")
-        if self.last:    # it may have been killed before it had written the model
+        if self.last:    # nothing is left to do, but the model may be gone, or of other --steps
             self.save_model()
 
     @property
@@ -67,12 +68,12 @@ class Record:
         self.times[what] = time.perf_counter()
 
     def measure(self, rollouts: list, items: list, learned) -> None:
-        """The step's metrics, over all processes."""
+        """The step's metrics, over all processes. From here on state.step counts this step too."""
         config = self.run.config
         self.state.step += 1
         report = runlog.gather_step(
             self.run, self.state.step, rollouts, items, learned, self.stopping())
-        began, sampled, updated = self.times.values()
+        began, sampled, updated = (self.times[key] for key in ("begin", "sample", "update"))
         self.sample = report.sample
         self.stop = report.stop
         self.metrics = report.metrics | {
@@ -92,8 +93,8 @@ class Record:
             self.state.note_evaluation(self.metrics.get("eval/mean"))
 
     def write(self) -> None:
-        """The step's lines. Before the checkpoint: --resume cuts off extra lines of the log, but
-        it could not write missing ones."""
+        """The step's lines, after the last step's model. Before the checkpoint: --resume cuts off
+        extra lines of the log, but it could not write missing ones."""
         if self.last:
             self.save_model()
         self.log("metrics", self.metrics)
