@@ -10,7 +10,6 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from importlib import util
 
@@ -108,6 +107,11 @@ def learning_rate(step: int, config: Config) -> float:
     return config.lr * (1 - (1 - config.lr_end) * done)
 
 
+def flag(name: str) -> str:
+    """A setting's name on the command line."""
+    return "--" + name.replace("_", "-")
+
+
 # ---- From the command line to settings -----------------------------------------------------------
 
 def parse_flags(argv: list[str] | None = None) -> tuple[Config, Algorithm, dict]:
@@ -133,7 +137,7 @@ def parse_flags(argv: list[str] | None = None) -> tuple[Config, Algorithm, dict]
     except ValueError as e:
         name, _, rest = str(e).partition("=")
         rest = rest.replace("gold_old=one", "--gold-old one")
-        raise InputError(f"--{name.replace('_', '-')} {rest}") from None
+        raise InputError(f"{flag(name)} {rest}") from None
     if config.group_size == 1 and algorithm.train_on == "rollouts":
         raise InputError("--group-size 1: a group of one has no contrast; use 2 or more")
     return fit_together(config, algorithm, given), algorithm, given
@@ -154,7 +158,7 @@ def sft_stage(algorithm: Algorithm, given: dict) -> Algorithm:
 
 def flag_parser() -> argparse.ArgumentParser:
     """One flag for each field of Config and each switch of Algorithm, under headings."""
-    toy = " ".join(f"--{k.replace('_', '-')} {v}" for k, v in TOY.items() if v != "")
+    toy = " ".join(f"{flag(name)} {value}" for name, value in TOY.items() if value != "")
     parser = argparse.ArgumentParser(
         description="Train a model by GCPO and its relatives.",
         argument_default=argparse.SUPPRESS, allow_abbrev=False,
@@ -180,10 +184,9 @@ def flag_parser() -> argparse.ArgumentParser:
 
 
 def add_flag(group, spec, text: str) -> None:
-    name = "--" + spec.name.replace("_", "-")
     text = text.replace("%", "%%")
     if spec.default is False:
-        group.add_argument(name, action="store_true", help=text)
+        group.add_argument(flag(spec.name), action="store_true", help=text)
         return
 
     def number_or_none(text):
@@ -193,7 +196,8 @@ def add_flag(group, spec, text: str) -> None:
     kind = {"int": int, "float": float, "str": str}.get(spec.type, number_or_none)
     choices = spec.metadata["choices"] or None
     metavar = None if choices else spec.type.split(" ")[0].upper()
-    group.add_argument(name, type=kind, choices=choices, metavar=metavar, help=text)
+    group.add_argument(
+        flag(spec.name), type=kind, choices=choices, metavar=metavar, help=text)
 
 
 LEAST = dict(
@@ -207,12 +211,11 @@ def check(config: Config) -> None:
     for name, least in LEAST.items():
         value = getattr(config, name)
         if not least <= value < math.inf:
-            flag = name.replace("_", "-")
-            raise InputError(f"--{flag} {value}: must be {least} or more, and finite")
+            raise InputError(f"{flag(name)} {value}: must be {least} or more, and finite")
     for name in ("temperature", "max_grad_norm"):
         value = getattr(config, name)
         if not 0 < value < math.inf:
-            raise InputError(f"--{name.replace('_', '-')} {value}: must be above 0, and finite")
+            raise InputError(f"{flag(name)} {value}: must be above 0, and finite")
     if not math.isfinite(config.correct_at):
         raise InputError(f"--correct-at {config.correct_at}: must be finite")
     if config.seed >= 2**63 or config.threads > 1024:
@@ -238,7 +241,7 @@ def fit_together(config: Config, algorithm: Algorithm, given: dict) -> Config:
         config = replace(config, rows_per_pass=config.group_size)
     idle = [name for name in given if name in idle_switches(algorithm)]
     if idle:
-        flags = ", ".join("--" + name.replace("_", "-") for name in idle)
+        flags = ", ".join(flag(name) for name in idle)
         print(f"note: with these settings the run does not look at {flags}", file=sys.stderr)
     widest = max(algorithm.clip_low, algorithm.clip_high)
     drowned = algorithm.level == "sequence" and widest < BF16_RATIO_NOISE
@@ -277,7 +280,7 @@ def as_command(config: Config, given: dict) -> str:
                 if value != defaults[name] or name == "algo"}
     settings |= {name: value for name, value in given.items() if name in SWITCHES}
     for name, value in settings.items():
-        words.append("--" + name.replace("_", "-"))
+        words.append(flag(name))
         if value is not True:
             words.append(str(value))
     return shlex.join(words)
@@ -308,8 +311,8 @@ def load_reward(spec: str | None, correct_at: float = 1.0) -> Reward:
     return Reward(checked, correct_at)
 
 
-def import_file(path: str) -> Callable:
-    """A module from the user's file."""
+def import_file(path: str):
+    """The module in the user's file."""
     try:
         spec = util.spec_from_file_location("user_reward", path)
         module = util.module_from_spec(spec)
