@@ -306,7 +306,7 @@ def importance_ratio(
     if algorithm.gold_old == "one":
         old_logprobs = torch.where(gold, 0.0, old_logprobs)         # log 1
     ratio = log_ratio(logprobs, old_logprobs, mask, algorithm.level).exp()
-    if algorithm.gold_shape == "ratio":    # LUFFY, eq. 5; gold_old is one, so the ratio is p
+    if algorithm.gold_shape == "ratio":    # LUFFY; gold_old is one, so the ratio is p itself
         p = log_ratio(logprobs, old_logprobs, mask, "token").exp()
         ratio = torch.where(gold, p / (p + SHAPE_GAMMA), ratio)
     return ratio

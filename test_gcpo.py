@@ -7,6 +7,7 @@ tests (transformers' logits, samplers, broken files, whole runs) are in tests/.
     python -m pytest                 all of them
     python -m pytest test_gcpo.py    these
 """
+import doctest
 import itertools
 import json
 import math
@@ -15,6 +16,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+import gcpo as gcpo_module
 from gcpo import (
     ALGORITHMS, Algorithm, Group, gold_group, group_advantages, kl_estimate, log_ratio,
     overlong_penalty, policy_loss, substitute_gold)
@@ -192,6 +194,13 @@ def test_gradient_equals_finite_differences(name):
 
 
 # ---- Advantages ----------------------------------------------------------------------------------
+
+def test_the_docstrings_examples():
+    """What the docstrings of gcpo.py show is what the code gives."""
+    failures, examples = doctest.testmod(gcpo_module)
+    assert failures == 0 and examples >= 2
+
+
 
 @pytest.mark.parametrize("size, right, without_eps, no_std", [
     (4, 1.49970, 1.5, 0.75), (8, 2.47417, 2.4749, 0.875), (16, 3.74850, 3.75, 0.9375)])
