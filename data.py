@@ -231,7 +231,7 @@ class Tokenizer:
 
     def decode(self, ids) -> str:
         """The text of a response (T,), without the end token."""
-        ids = list(map(int, ids))
+        ids = torch.as_tensor(ids).tolist()
         while ids and ids[-1] in self.stop_ids:    # the end token may be an ordinary word
             ids.pop()
         return self.backend.decode(ids, skip_special_tokens=True)

@@ -24,6 +24,7 @@ import math
 import os
 import random
 import runpy
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -92,10 +93,10 @@ class Learned:
 
 
 def main():
+    if "--show" in sys.argv[1:]:    # a program of its own, which imports this one
+        return runpy.run_path(os.path.join(runlog.ROOT, "show.py"))["main"]()
     keep_freed_memory()
     config, algorithm, given = parse_flags()
-    if config.show:    # a program of its own, which imports this one
-        return runpy.run_path(os.path.join(runlog.ROOT, "show.py"), run_name="__main__")
     device = set_up_process(config)
     config = place_run(config, algorithm)
     with removed_on_error(config):
@@ -118,8 +119,7 @@ def load_run(config: Config, algorithm: Algorithm, device: torch.device) -> Run:
     problems = read_problems(config.data, config.answer_format, config.answer_only_gold)
     held_out = []
     if config.eval_data:
-        held_out = read_problems(config.eval_data, config.answer_format)
-        held_out = held_out[:config.eval_limit or None]
+        held_out = read_problems(config.eval_data, config.answer_format)[:config.eval_limit or None]
     tokenizer = load_tokenizer(config.model, config.answer_format, config.instruction)
     limits = (config.max_new_tokens, shape.max_position_embeddings, shape.vocab_size)
     gold_not_used = prepare(problems, tokenizer, *limits, reward)

@@ -402,8 +402,8 @@ def record_of(run) -> dict:
     settings |= {k: v for k, v in asdict(config).items() if k not in MAY_CHANGE}
     if config.lr_end != 1 or run.algorithm.sft_share:    # these depend on how long the run is
         settings["steps"] = config.steps
-    if run.algorithm.sft_share:
-        settings["sft_aggregation"] = run.sft.aggregation
+    given = run.sft.aggregation != ALGORITHMS["sft"].aggregation
+    settings["sft_aggregation"] = run.sft.aggregation if given else None
     settings |= {"device": run.master.device.type, "dtype": str(run.policy.dtype)}
     reward_file = config.reward and config.reward.rpartition(":")[0]
     files = {"data": config.data, "eval_data": config.eval_data, "reward_file": reward_file}

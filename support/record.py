@@ -88,15 +88,16 @@ class Record:
         self.state.bad_steps = self.state.bad_steps + 1 if bad else 0
 
     def evaluate_if_due(self) -> None:
+        """After the last step the model is saved first: an evaluation may fail."""
+        if self.last:
+            self.save_model()
         if self.due(self.run.config.eval_every):
             self.metrics |= evaluate_held_out(self.run, self.state.step)
             self.state.note_evaluation(self.metrics.get("eval/mean"))
 
     def write(self) -> None:
-        """The step's lines, after the last step's model. Before the checkpoint: --resume cuts off
-        extra lines of the log, but it could not write missing ones."""
-        if self.last:
-            self.save_model()
+        """The step's lines. Before the checkpoint: --resume cuts off extra lines of the log, but
+        it could not write missing ones."""
         self.log("metrics", self.metrics)
         self.log("samples", self.sample)
         runlog.show_on(self.bar, self.metrics)

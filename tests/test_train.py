@@ -238,6 +238,20 @@ def test_other_settings_run(toy, tmp_path, flags):
     assert last["update/skipped"] == 1 or last["update/grad_norm"] > 0
 
 
+def test_the_model_is_saved_before_the_last_evaluation(toy, tmp_path, monkeypatch):
+    """A run whose last evaluation fails has its model. (Bug: all trained weights lost to an error
+    in the user's reward.)"""
+    def evaluate(run, step):
+        if step == 2:
+            raise InputError("the reward failed")
+        return {}
+
+    monkeypatch.setattr("support.record.evaluate_held_out", evaluate)
+    with pytest.raises(InputError, match="the reward failed"):
+        on_toy(toy, tmp_path / "run", "--save-every", "0")
+    assert load_model(str(tmp_path / "run" / "model"))
+
+
 def test_sft_then_rl(toy, tmp_path):
     """With sft_gcpo the first half of the steps trains on gold alone and samples nothing; the
     second half samples. (Bug: a phase that does not end.)"""
@@ -738,9 +752,7 @@ def test_the_show_flag_runs_show(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     call(show.main, "show.py", "--seed", "3")
     shown = capsys.readouterr().out
-    with pytest.raises(SystemExit) as end:
-        call(train.main, "train.py", "--show", "--seed", "3")
-    assert end.value.code == 0
+    call(train.main, "train.py", "--show", "--seed", "3")
     assert capsys.readouterr().out == shown
     assert "<end>" in shown
     assert os.listdir(tmp_path) == []
