@@ -138,9 +138,10 @@ class Batch:
                                                              row 3   cell 1
         (– : a row that has ended)                           row 4   cell 4
 
-    Keys lie transposed, (…, d, columns), as the score product wants them. What decoding reads and
-    writes lies in fixed tensors on the device, so that a GPU can replay what it has recorded. What
-    the host needs to know it keeps in lists of its own: reading the device would stall both."""
+    Seats and cells serve one end: a prompt's keys are read once for all its rows (see `attention`,
+    and skip it at first). Keys lie transposed, (…, d, columns), as the score product wants them.
+    What decoding reads and writes lies in fixed tensors, so that a GPU can replay it; what the host
+    needs to know it keeps in lists, as reading the device would stall both."""
     def __init__(
         self, model: Transformer, rows: int, seats: int, group_size: int, max_new_tokens: int,
         sampling: Sampling,
