@@ -140,8 +140,7 @@ class Batch:
 
     Seats and cells serve one end: a prompt's keys are read once for all its rows (see `attention`,
     and skip it at first). Keys lie transposed, (…, d, columns), as the score product wants them.
-    What decoding reads and writes lies in fixed tensors, so that a GPU can replay it; what the host
-    needs to know it keeps in lists, as reading the device would stall both."""
+    Decoding works on fixed tensors, which a GPU can replay; what the host must know is in lists."""
     def __init__(
         self, model: Transformer, rows: int, seats: int, group_size: int, max_new_tokens: int,
         sampling: Sampling,
