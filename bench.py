@@ -42,7 +42,7 @@ from grader import Reward
 from model import Transformer, load_model, read_config, save_model
 from sampler import sample
 from support.batches import micro_batches
-from support.common import InputError, exit_cleanly, pick_device, pick_dtype
+from support.common import InputError, as_flags, exit_cleanly, pick_device, pick_dtype
 from support.cpu import keep_freed_memory
 from support.memory import peak_bytes
 from support.options import Config
@@ -769,12 +769,7 @@ def grow(argv: list[str]) -> None:
 
 def measure_growth(argv: list[str], settings: dict) -> dict:
     """What grow_child prints."""
-    words = []
-    for name, value in settings.items():
-        words.append("--" + name.replace("_", "-"))
-        if value is not True:
-            words.append(str(value))
-    command = [sys.executable, __file__, *argv, *words, "--child", "ours"]
+    command = [sys.executable, __file__, *argv, *as_flags(settings), "--child", "ours"]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         raise child_failed(done.returncode)

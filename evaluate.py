@@ -26,7 +26,8 @@ from logprobs import score_responses
 from model import Transformer, load_model
 from sampler import sample
 from support import parallel
-from support.common import InputError, exit_cleanly, pick_device, pick_dtype, written_whole
+from support.common import (
+    InputError, exit_cleanly, flag, pick_device, pick_dtype, written_whole)
 from support.cpu import keep_freed_memory
 from support.options import load_reward
 
@@ -184,34 +185,34 @@ def gold_logprobs(model: Transformer, problems: list[Problem], rows_per_pass: in
 def flags() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description="Sample and grade: evaluation of a model, and gold made by it.")
-    flag = parser.add_argument
-    flag("--model", required=True, help="Hugging Face model folder")
-    flag("--data", required=True, help="problems: .jsonl, .jsonl.gz or .json")
-    flag("--samples", type=int, default=1, help="responses per problem")
-    flag("--temperature", type=float, default=None,
-         help="0: greedy (default: 0 with one sample, else 1)")
-    flag("--top-p", type=float, default=1.0,
-         help="sample from the likeliest tokens that make up this mass")
-    flag("--top-k", type=int, default=0, help="sample from this many likeliest tokens; 0: all")
-    flag("--max-new-tokens", type=int, default=512, help="longest response")
-    flag("--limit", type=int, default=0, help="only the first so many problems; 0: all")
-    flag("--skip", type=int, default=0, help="leave out the first so many problems")
-    flag("--rows", type=int, default=None, help="rows in flight (default: what fits, at most 256)")
-    flag("--seed", type=int, default=0, help="of the sampling")
-    flag("--device", default="auto", help="auto, cpu, cuda, cuda:1 …")
-    flag("--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
-         help="auto: bfloat16 where the device is fast at it")
-    flag("--answer-format", default="hash", choices=("hash", "boxed"),
-         help="what the instruction asks for: #### or \\boxed{}")
-    flag("--instruction", default=None,
-         help="text after each question, in place of the format's own")
-    flag("--reward", default=None,
-         help="FILE.py:function, (response, answer) -> float, in place of the grader")
-    flag("--correct-at", type=float, default=1.0,
-         help="reward from which on a response counts as correct")
-    flag("--out", default=None, help="write every completion here, a JSON line each")
-    flag("--keep-correct", default=None,
-         help="write the problems that were solved here, each with a correct response as its gold")
+    add = parser.add_argument
+    add("--model", required=True, help="Hugging Face model folder")
+    add("--data", required=True, help="problems: .jsonl, .jsonl.gz or .json")
+    add("--samples", type=int, default=1, help="responses per problem")
+    add("--temperature", type=float, default=None,
+        help="0: greedy (default: 0 with one sample, else 1)")
+    add("--top-p", type=float, default=1.0,
+        help="sample from the likeliest tokens that make up this mass")
+    add("--top-k", type=int, default=0, help="sample from this many likeliest tokens; 0: all")
+    add("--max-new-tokens", type=int, default=512, help="longest response")
+    add("--limit", type=int, default=0, help="only the first so many problems; 0: all")
+    add("--skip", type=int, default=0, help="leave out the first so many problems")
+    add("--rows", type=int, default=None, help="rows in flight (default: what fits, at most 256)")
+    add("--seed", type=int, default=0, help="of the sampling")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 …")
+    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
+        help="auto: bfloat16 where the device is fast at it")
+    add("--answer-format", default="hash", choices=("hash", "boxed"),
+        help="what the instruction asks for: #### or \\boxed{}")
+    add("--instruction", default=None,
+        help="text after each question, in place of the format's own")
+    add("--reward", default=None,
+        help="FILE.py:function, (response, answer) -> float, in place of the grader")
+    add("--correct-at", type=float, default=1.0,
+        help="reward from which on a response counts as correct")
+    add("--out", default=None, help="write every completion here, a JSON line each")
+    add("--keep-correct", default=None,
+        help="write the problems that were solved here, each with a correct response as its gold")
     return parser
 
 
@@ -223,7 +224,7 @@ def check(args) -> None:
         value = getattr(args, name)
         if value is not None and not low <= value < math.inf:
             what = "a number" if low < 0 else f"{low} or more"
-            raise InputError(f"--{name.replace('_', '-')} {value}: must be {what}, and finite")
+            raise InputError(f"{flag(name)} {value}: must be {what}, and finite")
     if not 0 < args.top_p <= 1:
         raise InputError(f"--top-p {args.top_p}: must be above 0 and at most 1")
     taken = [os.path.realpath(args.data)]

@@ -32,6 +32,7 @@ from evaluate import evaluate  # noqa: E402
 from gcpo import ALGORITHMS  # noqa: E402
 from model import load_model  # noqa: E402
 from plot import elapsed, read_run  # noqa: E402
+from support.common import as_flags  # noqa: E402
 from support.toy import TOY, TOY_NAMES, build_toy, toy_problem  # noqa: E402
 
 
@@ -449,9 +450,7 @@ def gold_flags(at: str) -> list[str]:
     flags += ["--eval-data", os.path.join(at, "toy", "held_out.jsonl")]
     settings = {**TOY, "max_new_tokens": 48}
     del settings["threads"]    # `finish` sets it
-    for name, value in settings.items():
-        flags += ["--" + name.replace("_", "-"), str(value)]
-    return flags
+    return flags + as_flags(settings)
 
 
 def gold_files(at: str) -> dict[str, str]:

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 
 from model import Transformer, read_weights, save_model
 from support import parallel
-from support.common import InputError, read_json, written_whole
+from support.common import InputError, flag, read_json, written_whole
 
 
 @dataclass
@@ -261,8 +261,8 @@ def refuse_changes(out: str, settings: dict) -> None:
             name = next(key for key in {**new, **old} if new.get(key) != old.get(key))
             old, new = old.get(name), new.get(name)
         if old != new:
-            flag = name.replace("_", "-")
-            raise InputError(f"--resume: {flag} was {old!r} when {out} began, and is {new!r} now; "
+            name = flag(name).removeprefix("--")
+            raise InputError(f"--resume: {name} was {old!r} when {out} began, and is {new!r} now; "
                              "use what it was, or begin a new run")
 
 

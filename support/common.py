@@ -19,6 +19,21 @@ class InputError(Exception):
     """Something the user gave us cannot be used. The message says what, where, and what to do."""
 
 
+def flag(name: str) -> str:
+    """A setting's name on the command line."""
+    return "--" + name.replace("_", "-")
+
+
+def as_flags(settings: dict) -> list[str]:
+    """Settings as the words of a command line; True is a flag without a value."""
+    words = []
+    for name, value in settings.items():
+        words.append(flag(name))
+        if value is not True:
+            words.append(str(value))
+    return words
+
+
 def one_line(e: BaseException) -> str:
     """An exception of others, for use inside a message of ours."""
     return " ".join(f"{type(e).__name__}: {e}".split())[:200]

@@ -19,7 +19,7 @@ from gcpo import ALGORITHMS, Algorithm, switch
 from grader import Reward
 from support import parallel
 from support.checkpoint import sha256
-from support.common import InputError, one_line, pick_device
+from support.common import InputError, as_flags, flag, one_line, pick_device
 from support.folders import TOKENIZER_FILES, weight_files
 from support.toy import TOY, build_toy, toy_files
 
@@ -105,11 +105,6 @@ def learning_rate(step: int, config: Config) -> float:
         return config.lr * (step + 1) / config.warmup
     done = (step - config.warmup) / max(1, config.steps - 1 - config.warmup)
     return config.lr * (1 - (1 - config.lr_end) * done)
-
-
-def flag(name: str) -> str:
-    """A setting's name on the command line."""
-    return "--" + name.replace("_", "-")
 
 
 # ---- From the command line to settings -----------------------------------------------------------
@@ -272,18 +267,13 @@ def idle_switches(algorithm: Algorithm) -> set[str]:
 
 def as_command(config: Config, given: dict) -> str:
     """The run as one command, whatever chose its settings. Run again, it finds a new folder."""
-    words = ["python", "train.py"]
     own = {f.name: getattr(config, f.name) for f in fields(Config)
            if f.name not in ("out", "resume", "show")}
     defaults = asdict(Config())
     settings = {name: value for name, value in own.items()
                 if value != defaults[name] or name == "algo"}
     settings |= {name: value for name, value in given.items() if name in SWITCHES}
-    for name, value in settings.items():
-        words.append(flag(name))
-        if value is not True:
-            words.append(str(value))
-    return shlex.join(words)
+    return shlex.join(["python", "train.py", *as_flags(settings)])
 
 
 def load_reward(spec: str | None, correct_at: float = 1.0) -> Reward:

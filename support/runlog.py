@@ -258,10 +258,8 @@ def gather_step(run, step: int, rollouts: list[Group], items: list, learned, sto
     """A StepReport of what this and the other processes did."""
     sample = sample_record(step, items, run.tokenizer)
     bad = None
-    if any(is_bad(norm) for norm in learned.norms):
-        suspect = learned.suspect or next((i for i in items if i.has_contrast), None)
-        if suspect:
-            bad = sample_record(step, [suspect], run.tokenizer) | {"gradient": "not finite"}
+    if learned.suspect:
+        bad = sample_record(step, [learned.suspect], run.tokenizer) | {"gradient": "not finite"}
     tokens = sum(int(g.lengths.sum()) for g in rollouts or [i.group for i in items])
     mine = [rollout_numbers(rollouts, items), learned.sums, tokens, bad, stopping]
     all_numbers, all_sums, all_tokens, all_bad, all_stopping = zip(*parallel.all_gather(mine))

@@ -6,7 +6,6 @@ time or memory on what an absurd number asks for.
 The bug this file forbids: a folder that cannot be computed correctly and is read all the
 same. It gives wrong results without a word.
 """
-import json
 import os
 import random
 import time
@@ -15,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from helpers import write_json
 from model import Transformer, load_model, read_config
 from support.common import InputError, read_json
 
@@ -37,11 +37,6 @@ INDEX = "model.safetensors.index.json"
 
 
 # ---- A good folder -------------------------------------------------------------------------------
-
-def write_json(path, value):
-    with open(path, "w", encoding="utf-8") as f:
-        json.dump(value, f, indent=1)
-
 
 def save_weights(tensors, path):
     save_file(tensors, path, metadata={"format": "pt"})
