@@ -36,7 +36,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 import sampler
 import train
-from data import Tokenizer, load_tokenizer, prepare, read_problems
+from data import Limits, Tokenizer, load_tokenizer, prepare, read_problems
 from gcpo import ALGORITHMS, Group, group_advantages
 from grader import Reward
 from model import Transformer, load_model, read_config, save_model
@@ -324,7 +324,7 @@ def read_prompts(args, count: int) -> tuple[Tokenizer, list[torch.Tensor]]:
     """The tokenizer, and the first problems' prompts (P,)."""
     tokenizer = load_tokenizer(args.model)
     problems = read_problems(args.data)[:count]
-    prepare(problems, tokenizer, args.max_new_tokens, max_positions=10**9)
+    problems = prepare(problems, tokenizer, Limits(args.max_new_tokens, positions=10**9))
     return tokenizer, [p.prompt for p in problems]
 
 

@@ -5,35 +5,70 @@
     prepare           fills in each problem's prompt and gold as token ids; checks every gold by
                       grading it
     grade_group       rewards of a group's responses
+
+One bad record does not refuse a file: it is left out, and Notes says so.
 """
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from decimal import Decimal
+from collections import Counter
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from gcpo import Group
-from grader import Reward, canonical, grade, last_boxed
-from support.chat import find_template, render
+from grader import GRADERS, Reward, doubt, grade, last_boxed, undressed
+from support.chat import find_template, read_template_args, render, turn_end
 from support.common import InputError, one_line, read_records
-from support.folders import read_backend, read_optional, special_tokens
+from support.folders import end_tokens, read_backend, read_optional, special_tokens
+from support.formats import Unusable, as_text, read_fields
 
 
-@dataclass
+@dataclass(slots=True)
 class Problem:
     question: str | list            # text, or chat messages
     answer: str                     # what is right, without the way to it
     gold: str | None = None         # a whole reference response that ends with the answer
     source: str = ""                # file and line, for messages
     prompt: Tensor | None = None    # (P,) int64, filled in by `prepare`
+    opened: str = ""                # "<think>", if the prompt has opened the model's scratch pad
     gold_ids: Tensor | None = None  # (T*,) int64, ends with the end token; None: no usable gold
     gold_reward: float = 1.0
+
+
+# ---- What is left out ----------------------------------------------------------------------------
+
+NOTES = {  # in run.json, and on the screen
+    "left_out": "records left out",
+    "too_long": "problems left out, because their prompts are too long",
+    "gold_not_used": "golds not used; their problems train without",
+    "doubtful": "answers that hardly any response can match",
+    "repeated": "problems that stood there before",
+}
+LISTED = 1000  # lines of a kind that run.json lists
+
+
+@dataclass
+class Notes:
+    """What is wrong with a file's records: how many of a kind, and which. strict: what would be
+    left out raises InputError."""
+    strict: bool = False
+    counts: Counter = field(default_factory=Counter)
+    lines: dict[str, list[str]] = field(default_factory=dict)
+
+    def add(self, kind: str, source: str, what: str) -> None:
+        if self.strict and kind in ("left_out", "too_long"):
+            raise InputError(f"{source}: {what} (without --strict it is left out)")
+        self.counts[kind] += 1
+        if self.counts[kind] <= LISTED:
+            self.lines.setdefault(kind, []).append(f"{source}: {what}")
+
+    def summary(self) -> list[str]:
+        """A line for the screen of each kind."""
+        return [f"{NOTES[kind]}: {count}; first: {self.lines[kind][0]}"
+                for kind, count in self.counts.items()]
 
 
 # ---- Files of problems ---------------------------------------------------------------------------
@@ -43,85 +78,52 @@ INSTRUCTIONS = {"hash": ASK + "after ####.", "boxed": ASK + "inside \\boxed{}."}
 FINAL_LINES = {"hash": "#### {}", "boxed": "\\boxed{{{}}}"}
 
 
-class Fields(NamedTuple):
-    """What a record says, in whatever form."""
-    question: object
-    answer: object
-    solution: object = None    # the way to the answer; it becomes gold
+def read_problems(
+    path: str,
+    answer_format: str = "hash",
+    answer_only_gold: bool = False,
+    notes: Notes | None = None,
+) -> list[Problem]:
+    """Problems from .jsonl, .json or .parquet, in any of support/formats.py.
 
-
-def read_verl(r: dict) -> Fields:
-    model = r.get("reward_model")
-    answer = r.get("answer")
-    if isinstance(model, dict):
-        answer = model.get("ground_truth", answer)
-    return Fields(r["prompt"], answer)
-
-
-def read_asdiv(r: dict) -> Fields:
-    answer = r["answer"]
-    if isinstance(answer, str):
-        answer = re.sub(r"\s*\([^()]*\)$", "", answer)    # 9 (apples)
-    return Fields(f"{r['body']} {r['question']}", answer)
-
-
-def read_gsm8k(r: dict) -> Fields | None:
-    if not isinstance(r["answer"], str) or "####" not in r["answer"]:
-        return None
-    solution, _, answer = r["answer"].rpartition("####")
-    return Fields(r["question"], answer, solution)
-
-
-def read_math(r: dict) -> Fields:
-    solution = r.get("solution")
-    answer = r.get("answer")
-    if answer is None and isinstance(solution, str):
-        answer = last_boxed(solution)
-    return Fields(r["problem"], answer, solution)
-
-
-# A record is read by the first of these whose fields it has (and that does not return None).
-FORMATS: tuple[tuple[tuple[str, ...], Callable], ...] = (
-    (("prompt",), read_verl),                                                           # and DAPO
-    (("Body", "Question", "Answer"), lambda r: Fields(f"{r['Body']} {r['Question']}", r["Answer"])),
-    (("body", "question", "answer"), read_asdiv),
-    (("input", "target"), lambda r: Fields(r["input"], r["target"])),                   # MAWPS
-    (("question", "answer"), read_gsm8k),
-    (("problem", "answer"), read_math),                                                 # AIME, AMC
-    (("problem", "solution"), read_math),                                               # MATH
-    (("question", "answer"), lambda r: Fields(r["question"], r["answer"])),             # plain
-)
+    A record that cannot be used is left out, and `notes` says so. Raises InputError with file and
+    line for a file that cannot be read, and if no record can be used."""
+    notes = notes or Notes()
+    problems = []
+    seen = {}    # a question's hash -> its text. DAPO's file has each problem a hundred times.
+    for source, record in read_records(path):
+        try:
+            problem = parse_record(record, answer_format, answer_only_gold, source)
+        except Unusable as e:
+            notes.add("left_out", source, str(e))
+            continue
+        key = hash(str(problem.question))
+        if key in seen:
+            notes.add("repeated", source, "its question stands there before")
+        problem.question = seen.setdefault(key, problem.question)
+        problems.append(problem)
+    if not problems:
+        why = "no problems in it"
+        if notes.counts["left_out"]:
+            why = f"none of its records can be used; first: {notes.lines['left_out'][0]}"
+        raise InputError(f"{path}: {why}")
+    return problems
 
 
 def parse_record(record, answer_format: str, answer_only_gold: bool, source: str = "") -> Problem:
-    """A Problem from one record. Raises InputError, which names `source`."""
-    def refuse(what):
-        raise InputError(f"{source}: {what}")
-
-    if not isinstance(record, dict):
-        refuse("not a JSON object")
-    found = None
-    for names, read in FORMATS:
-        if found is None and all(record.get(name) is not None for name in names):
-            found = read(record)
-    if found is None:
-        names = ", ".join(map(str, record)) or "none"
-        refuse(f'fields {names} are of no known format; the simplest is "question" and "answer"')
-    question = found.question if is_chat(found.question) else as_text(found.question)
-    answer = as_text(found.answer)
-    if question is None:
-        refuse("the question is empty or not text")
-    if answer is None or not canonical(answer):
-        refuse("the answer is empty or not text")
-
+    """A Problem from one record. Gold is the record's own `gold`; or its solution with the answer
+    on a last line (unless that is a box, and is in the solution already). Raises Unusable."""
+    question, answer, solution = read_fields(record)
+    if not undressed(answer):
+        raise Unusable("its answer is empty")
     final = FINAL_LINES[answer_format].format(answer)
     if record.get("gold") is not None:
         gold = as_text(record["gold"])
         if gold is None:
-            refuse("the gold is empty or not text")
-    elif isinstance(found.solution, str) and found.solution.strip():
-        gold = re.sub(r"<<[^<>\n]*>>", "", found.solution).strip()    # GSM8K's calculator notes
-        ends_well = answer_format == "boxed" and last_boxed(gold) and grade(gold, answer)
+            raise Unusable("its gold is empty or not text")
+    elif solution:
+        gold = re.sub(r"<<[^<>\n]*>>", "", solution).strip()    # GSM8K's calculator notes
+        ends_well = answer_format == "boxed" and last_boxed(gold) and grade(gold, answer, "boxed")
         if not ends_well:
             gold = f"{gold}\n{final}"
     else:
@@ -129,82 +131,76 @@ def parse_record(record, answer_format: str, answer_only_gold: bool, source: str
     return Problem(question, answer, gold, source)
 
 
-def is_chat(question) -> bool:
-    """Whether it is a list of messages, each with a role and a content."""
-    if not isinstance(question, list) or not question:
-        return False
-    is_text = lambda m, name: isinstance(m, dict) and isinstance(m.get(name), str)
-    return all(is_text(m, "role") and is_text(m, "content") for m in question)
-
-
-def as_text(value) -> str | None:
-    """A field's text, or None: 43.0 is written 43, and 1e-05 is written 0.00001."""
-    if isinstance(value, str):
-        return value.strip() or None
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return None
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, float) and not value.is_integer():
-        return format(Decimal(repr(value)), "f")
-    return str(int(value))
-
-
-def read_problems(
-    path: str, answer_format: str = "hash", answer_only_gold: bool = False,
-) -> list[Problem]:
-    """Problems from .jsonl, .jsonl.gz or .json (a list), in any of FORMATS.
-
-    Gold is the record's own `gold`, or its solution with the answer on a last line in
-    `answer_format` (unless that is boxed, and is in the solution already). Raises InputError with
-    file and line."""
-    problems = [parse_record(record, answer_format, answer_only_gold, source)
-                for source, record in read_records(path)]
-    if not problems:
-        raise InputError(f"{path}: no problems in it")
-    return problems
-
-
 # ---- Prompts and responses as token ids ----------------------------------------------------------
 
 class Tokenizer:
     """A model folder's tokenizer, chat template and stop tokens, with the instruction that goes
-    with each question. Raises InputError for a folder without them."""
-    def __init__(self, folder: str, answer_format: str = "hash", instruction: str | None = None):
+    with each question. Raises InputError for a folder without them.
+
+    template_args: JSON of variables for the template. stop_token: more tokens that end a response,
+    with blanks between them."""
+    def __init__(
+        self,
+        folder: str,
+        answer_format: str = "hash",
+        instruction: str | None = None,
+        template_args: str | None = None,
+        stop_token: str | None = None,
+    ):
         self.folder = folder
+        self.answer_format = answer_format
         self.instruction = INSTRUCTIONS[answer_format] if instruction is None else instruction
         self.backend = read_backend(folder)
         config = read_optional(folder, "tokenizer_config.json")
-        self.special = special_tokens(config)
-
-        ids = read_optional(folder, "generation_config.json").get("eos_token_id", [])
-        if not isinstance(ids, list):
-            ids = [] if ids is None else [ids]
-        size = self.backend.get_vocab_size()
-        if not all(type(i) is int and 0 <= i < size for i in ids):
-            raise InputError(f"{folder}/generation_config.json: eos_token_id {ids} is not in the "
-                             "vocabulary")
-        eos = self.special.get("eos_token")
-        self.end_id = self.backend.token_to_id(eos) if eos else next(iter(ids), None)
-        if self.end_id is None:
-            raise InputError(f"{folder}: no end token; tokenizer_config.json must name an "
-                             f"eos_token of its vocabulary (it says {eos!r})")
-        self.stop_ids = sorted({self.end_id, *ids})
+        self.special = special_tokens(folder, config)
         self.template, self.template_from = find_template(folder, config)
+        self.variables = {**read_template_args(template_args), **self.special}
+
+        # A gold ends as the template ends a turn, or else with the tokenizer's own end token.
+        own, ids = end_tokens(folder, self.backend, self.special)
+        turn = self.token_after_turn()
+        self.end_id = own if turn is None else turn
+        more = [self.stop_id(token) for token in (stop_token or "").split()]
+        self.stop_ids = sorted({self.end_id, own, *ids, *more})
+
+    def token_after_turn(self) -> int | None:
+        """The special token that the template writes after an assistant's message."""
+        if self.template is None:
+            return None
+        after = turn_end(self.template, self.variables, self.template_from)
+        first = self.encode([after.lstrip()], False)[0][:1]
+        return first[0] if first and first[0] in self.backend.get_added_tokens_decoder() else None
+
+    @property
+    def stop_tokens(self) -> list[str]:
+        return [self.backend.id_to_token(i) for i in self.stop_ids]
+
+    def stop_id(self, token: str) -> int:
+        found = self.backend.token_to_id(token)
+        if found is None:
+            raise InputError(f"--stop-token {token}: no token of {self.folder}/tokenizer.json")
+        return found
 
     def prompt_texts(self, problems: list[Problem]) -> list[str]:
         """Each question with the instruction, in the model's chat form, if it has a template."""
-        conversations = []
-        for p in problems:
-            messages = [{"role": "user", "content": p.question}]
-            if isinstance(p.question, list):
-                messages = [dict(m) for m in p.question]
-            if self.instruction:
-                messages[-1]["content"] += f"\n{self.instruction}"
-            conversations.append(messages)
-        if self.template is None:
-            return ["\n".join(m["content"] for m in c) + "\n" for c in conversations]
-        return render(self.template, conversations, self.special, self.template_from)
+        conversations = [self.conversation(p.question) for p in problems]
+        if self.template is not None:
+            return render(self.template, conversations, self.variables, self.template_from)
+        texts = []
+        for messages in conversations:
+            end = "" if messages[-1]["role"] == "assistant" else "\n"
+            texts.append("\n".join(m["content"] for m in messages) + end)
+        return texts
+
+    def conversation(self, question: str | list) -> list[dict]:
+        """The question as messages, with the instruction in the user's last one."""
+        if isinstance(question, str):
+            question = [{"role": "user", "content": question}]
+        messages = [dict(m) for m in question]
+        if self.instruction:
+            last = [m for m in messages if m["role"] == "user"][-1]
+            last["content"] += f"\n{self.instruction}"
+        return messages
 
     def encode(self, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
         try:
@@ -216,10 +212,14 @@ class Tokenizer:
 
     def encode_texts(self, texts: list[str]) -> list[Tensor]:
         """Prompt texts as token ids (P,). A template writes its own special tokens; plain text
-        gets the tokenizer's."""
-        add_special_tokens = self.template is None
-        encoded = self.encode(texts, add_special_tokens)
-        return [torch.tensor(ids, dtype=torch.int64) for ids in encoded]
+        gets the tokenizer's, but for an end token: the response is to come."""
+        plain = self.template is None
+        prompts = []
+        for ids in self.encode(texts, add_special_tokens=plain):
+            while plain and ids and ids[-1] in self.stop_ids:
+                ids.pop()
+            prompts.append(torch.tensor(ids, dtype=torch.int64))
+        return prompts
 
     def encode_prompt(self, problem: Problem) -> Tensor:
         """(P,)"""
@@ -238,65 +238,108 @@ class Tokenizer:
 
 
 def load_tokenizer(
-    folder: str, answer_format: str = "hash", instruction: str | None = None,
+    folder: str,
+    answer_format: str = "hash",
+    instruction: str | None = None,
+    template_args: str | None = None,
+    stop_token: str | None = None,
 ) -> Tokenizer:
-    return Tokenizer(folder, answer_format, instruction)
+    return Tokenizer(folder, answer_format, instruction, template_args, stop_token)
 
 
 # ---- Ready to train on ---------------------------------------------------------------------------
 
+class Limits(NamedTuple):
+    """What a prompt and a response must fit into."""
+    new_tokens: int                  # --max-new-tokens
+    positions: int                   # the model's
+    vocabulary: int | None = None    # the model's
+
+
+PART = 10_000  # problems whose prompts are text at a time
+
+
 def prepare(
     problems: list[Problem],
     tokenizer: Tokenizer,
-    max_new_tokens: int,
-    max_positions: int,
-    vocab_size: int | None = None,
+    limits: Limits,
     reward: Reward = Reward(),
-) -> list[str]:
-    """Fill in prompt, gold_ids and gold_reward of every problem. Returns one line for each gold
-    that cannot be used; its problem still trains, without it.
+    notes: Notes | None = None,
+) -> list[Problem]:
+    """Fill in prompt, gold_ids and gold_reward of every problem. Returns the problems whose prompts
+    leave room for a response; `notes` says which were left out, and which golds are not used.
 
     A gold is used only if it grades as correct against its own answer, and fits into
-    `max_new_tokens` whole: a gold cut off would reward a text that never reaches its answer. Raises
-    InputError for a prompt that leaves no room in the model's `max_positions`, or has tokens beyond
-    its `vocab_size`."""
-    complaints = []
-    texts = tokenizer.prompt_texts(problems)
-    for problem, text, prompt in zip(problems, texts, tokenizer.encode_texts(texts)):
-        if not 1 <= len(prompt) <= max_positions - max_new_tokens:
-            raise InputError(
-                f"{problem.source}: the prompt has {len(prompt)} tokens, and with {max_new_tokens} "
-                f"new ones it does not fit the model's {max_positions} positions; lower "
-                "--max-new-tokens or leave the problem out")
-        highest = max(int(prompt.max()), tokenizer.end_id)
-        if vocab_size is not None and highest >= vocab_size:
-            raise InputError(f"{tokenizer.folder}: the tokenizer has token {highest}, and the "
-                             f"model knows {vocab_size}; they do not belong together")
-        problem.prompt = prompt
-        problem.gold_ids = None
-        if problem.gold is None:
-            continue
-        ids = tokenizer.encode_response(gold_response(problem.gold, text))
-        # Graded as a response will be: through the tokenizer.
-        value = reward(tokenizer.decode(ids), problem.answer)
-        if vocab_size is not None and int(ids.max()) >= vocab_size:
-            complaint = "its gold has tokens that the model does not know"
-        elif value < reward.correct_at:
-            complaint = f"its gold does not grade as correct (answer {problem.answer!r})"
-        elif len(ids) > max_new_tokens:
-            complaint = (f"its gold has {len(ids)} tokens, more than --max-new-tokens "
-                         f"{max_new_tokens}")
-        else:
-            problem.gold_ids = ids
-            problem.gold_reward = value
-            continue
-        complaints.append(f"{problem.source}: {complaint}")
-    return complaints
+    `new_tokens` whole: a gold cut off would reward a text that never reaches its answer. Raises
+    InputError if nothing is left, and for a prompt with tokens beyond the model's vocabulary."""
+    notes = notes or Notes()
+    kept = []
+    too_long = []
+    for first in range(0, len(problems), PART):
+        part = problems[first:first + PART]
+        texts = tokenizer.prompt_texts(part)
+        for problem, text, prompt in zip(part, texts, tokenizer.encode_texts(texts)):
+            if not 1 <= len(prompt) <= limits.positions - limits.new_tokens:
+                too_long.append(
+                    f"the prompt has {len(prompt)} tokens, and with {limits.new_tokens} new ones "
+                    f"it does not fit the model's {limits.positions} positions; lower "
+                    "--max-new-tokens or leave the problem out")
+                notes.add("too_long", problem.source, too_long[-1])
+                continue
+            check_vocabulary(prompt, tokenizer, limits)
+            problem.prompt = prompt
+            problem.opened = opened_by(problem.question, text)
+            problem.gold_ids = None
+            if problem.gold is not None:
+                prepare_gold(problem, tokenizer, limits, reward, notes)
+            doubtful = doubt(problem.answer) if reward.function in GRADERS.values() else None
+            if doubtful:
+                notes.add("doubtful", problem.source, doubtful)
+            kept.append(problem)
+    if problems and not kept:
+        raise InputError(f"{problems[0].source}: {too_long[0]}; no problem is left")
+    return kept
 
 
-def gold_response(gold: str, prompt: str) -> str:
-    """Gold as a response to this prompt, which may have opened the model's scratch pad."""
-    if prompt.rstrip().endswith("<think>") and "</think>" not in gold:
+def check_vocabulary(prompt: Tensor, tokenizer: Tokenizer, limits: Limits) -> None:
+    highest = max(int(prompt.max()), tokenizer.end_id)
+    if limits.vocabulary is not None and highest >= limits.vocabulary:
+        raise InputError(f"{tokenizer.folder}: the tokenizer has token {highest}, and the model "
+                         f"knows {limits.vocabulary}; they do not belong together")
+
+
+def prepare_gold(
+    problem: Problem, tokenizer: Tokenizer, limits: Limits, reward: Reward, notes: Notes,
+) -> None:
+    """Fill in gold_ids and gold_reward, or note why the gold cannot be used."""
+    ids = tokenizer.encode_response(gold_response(problem.gold, problem.opened))
+    # Graded as a response will be: through the tokenizer.
+    value = reward(problem.opened + tokenizer.decode(ids), problem.answer)
+    if limits.vocabulary is not None and int(ids.max()) >= limits.vocabulary:
+        complaint = "its gold has tokens that the model does not know"
+    elif value < reward.correct_at:
+        complaint = f"its gold does not grade as correct (answer {problem.answer!r})"
+    elif len(ids) > limits.new_tokens:
+        complaint = (f"its gold has {len(ids)} tokens, more than --max-new-tokens "
+                     f"{limits.new_tokens}")
+    else:
+        problem.gold_ids = ids
+        problem.gold_reward = value
+        return
+    notes.add("gold_not_used", problem.source, complaint)
+
+
+def opened_by(question: str | list, prompt: str) -> str:
+    """The tag of a scratch pad that the template, or the assistant's own turn, leaves open."""
+    written = prompt.rstrip()[-len("<think>"):]
+    if isinstance(question, list) and question[-1]["role"] == "assistant":
+        written = question[-1]["content"]
+    return "<think>\n" if written.rfind("<think>") > written.rfind("</think>") else ""
+
+
+def gold_response(gold: str, opened: str) -> str:
+    """Gold as a response to a prompt that may have opened the model's scratch pad."""
+    if opened and "</think>" not in gold:
         thoughts, _, final = gold.rpartition("\n")
         return f"{thoughts}\n</think>\n{final}"
     return gold
@@ -306,9 +349,9 @@ def grade_group(
     group: Group, problem: Problem, tokenizer: Tokenizer, reward: Reward = Reward(),
 ) -> Group:
     """The group with `rewards` and `correct` filled in. A response without an end is graded as it
-    stands."""
+    stands. A scratch pad that the prompt opened is put before the response."""
     rewards = []
     for ids, n in zip(group.responses, group.lengths.tolist()):
-        rewards.append(reward(tokenizer.decode(ids[:n]), problem.answer))
+        rewards.append(reward(problem.opened + tokenizer.decode(ids[:n]), problem.answer))
     rewards = torch.tensor(rewards, dtype=torch.float32)    # (G,)
     return replace(group, rewards=rewards, correct=rewards >= reward.correct_at)

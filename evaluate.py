@@ -14,14 +14,14 @@ import json
 import math
 import os
 import time
-from collections import Counter
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import Problem, Tokenizer, grade_group, load_tokenizer, prepare, read_problems
-from grader import Reward, canonical, extract_answer, last_number
+from data import (
+    Limits, Notes, Problem, Tokenizer, grade_group, load_tokenizer, prepare, read_problems)
+from grader import Reward, extract_answer, last_number, same
 from logprobs import score_responses
 from model import Transformer, load_model
 from sampler import sample
@@ -55,9 +55,10 @@ def complete(
         records = []
         for row, n in enumerate(group.lengths.tolist()):
             text = tokenizer.decode(group.responses[row, :n])
-            answer = extract_answer(text)
+            answer = extract_answer(problem.opened + text, tokenizer.answer_format)
             correct = group.correct[row].item()
-            says_it_last = answer is None and last_number(text) == canonical(problem.answer)
+            last = last_number(text) if answer is None else None
+            says_it_last = last is not None and same(last, problem.answer)
             records.append({
                 "response": text,
                 "answer": answer,
@@ -103,11 +104,20 @@ def summarize(completions: list[list[dict]]) -> dict[str, float]:
 
 
 def majority_is_right(records: list[dict]) -> bool:
-    votes = Counter(r["answer"] for r in records if r["answer"] is not None).most_common(1)
-    if not votes:
-        return False
-    winner = votes[0][0]
-    return next(r["correct"] for r in records if r["answer"] == winner)
+    """Answers that are the same to the grader vote together: 18 and 18 apples."""
+    parties = []    # records whose answers are the same, the earliest first
+    for record in records:
+        answer = record["answer"]
+        if answer is None:
+            continue
+        for party in parties:
+            other = party[0]["answer"]
+            if answer == other or same(answer, other) or same(other, answer):
+                party.append(record)
+                break
+        else:
+            parties.append([record])
+    return bool(parties) and max(parties, key=len)[0]["correct"]
 
 
 def evaluate(*args, **settings) -> tuple[dict[str, float], list[list[dict]]]:
@@ -187,7 +197,7 @@ def flags() -> argparse.ArgumentParser:
         description="Sample and grade: evaluation of a model, and gold made by it.")
     add = parser.add_argument
     add("--model", required=True, help="Hugging Face model folder")
-    add("--data", required=True, help="problems: .jsonl, .jsonl.gz or .json")
+    add("--data", required=True, help="problems: .jsonl, .json or .parquet")
     add("--samples", type=int, default=1, help="responses per problem")
     add("--temperature", type=float, default=None,
         help="0: greedy (default: 0 with one sample, else 1)")
@@ -206,8 +216,15 @@ def flags() -> argparse.ArgumentParser:
         help="what the instruction asks for: #### or \\boxed{}")
     add("--instruction", default=None,
         help="text after each question, in place of the format's own")
+    add("--strict", action="store_true",
+        help="refuse a file with records that would be left out")
+    add("--chat-template-args", default=None,
+        help="variables for the chat template, as JSON")
+    add("--stop-token", default=None,
+        help="more tokens that end a response, with blanks between them")
     add("--reward", default=None,
-        help="FILE.py:function, (response, answer) -> float, in place of the grader")
+        help="FILE.py:function, (response, answer) -> float, in place of the grader; or "
+             "math_verify")
     add("--correct-at", type=float, default=1.0,
         help="reward from which on a response counts as correct")
     add("--out", default=None, help="write every completion here, a JSON line each")
@@ -248,18 +265,23 @@ def main():
     keep_freed_memory()
     check(args)
     device = pick_device(args.device)
-    reward = load_reward(args.reward, args.correct_at)
-    problems = read_problems(args.data, args.answer_format)
+    reward = load_reward(args.reward, args.correct_at, args.answer_format)
+    notes = Notes(args.strict)
+    problems = read_problems(args.data, args.answer_format, notes=notes)
     problems = problems[args.skip:][:args.limit or None]
     if not problems:
         raise InputError(f"{args.data}: no problems left after --skip {args.skip}")
     for problem in problems:
         problem.gold = None    # evaluation needs no gold, so `prepare` need not check it
-    tokenizer = load_tokenizer(args.model, args.answer_format, args.instruction)
+    tokenizer = load_tokenizer(
+        args.model, args.answer_format, args.instruction, args.chat_template_args,
+        args.stop_token)
     model = load_model(args.model, device, pick_dtype(args.dtype, device))
     shape = model.config
-    prepare(problems, tokenizer, args.max_new_tokens, shape.max_position_embeddings,
-            shape.vocab_size, reward)
+    limits = Limits(args.max_new_tokens, shape.max_position_embeddings, shape.vocab_size)
+    problems = prepare(problems, tokenizer, limits, reward, notes)
+    for line in notes.summary():
+        print(f"note: {line}")
 
     temperature = args.temperature
     if temperature is None:

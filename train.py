@@ -27,11 +27,12 @@ import runpy
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
-from data import Problem, Tokenizer, grade_group, load_tokenizer, prepare, read_problems
+from data import (
+    Limits, Notes, Problem, Tokenizer, grade_group, load_tokenizer, prepare, read_problems)
 from gcpo import (
     ALGORITHMS, Algorithm, Group, gold_group, group_advantages, overlong_penalty, policy_loss,
     substitute_gold)
@@ -65,7 +66,8 @@ class Run:
     tokenizer: Tokenizer | None = None
     problems: Sequence[Problem] = ()
     held_out: Sequence[Problem] = ()
-    gold_not_used: Sequence[str] = ()       # a line for each gold that cannot be used
+    notes: Notes = field(default_factory=Notes)             # what is wrong with the problems
+    held_out_notes: Notes = field(default_factory=Notes)
     reward: Reward = Reward()
 
 
@@ -114,19 +116,24 @@ def main():
 
 def load_run(config: Config, algorithm: Algorithm, device: torch.device) -> Run:
     """Read everything the run needs, and check it, before anything is written."""
-    reward = load_reward(config.reward, config.correct_at)
+    reward = load_reward(config.reward, config.correct_at, config.answer_format)
     shape = read_config(config.model)
-    problems = read_problems(config.data, config.answer_format, config.answer_only_gold)
+    tokenizer = load_tokenizer(
+        config.model, config.answer_format, config.instruction, config.chat_template_args,
+        config.stop_token)
+    limits = Limits(config.max_new_tokens, shape.max_position_embeddings, shape.vocab_size)
+
+    notes, held_out_notes = Notes(config.strict), Notes(config.strict)
+    problems = read_problems(config.data, config.answer_format, config.answer_only_gold, notes)
+    problems = prepare(problems, tokenizer, limits, reward, notes)
     held_out = []
     if config.eval_data:
-        held_out = read_problems(config.eval_data, config.answer_format)[:config.eval_limit or None]
-    tokenizer = load_tokenizer(config.model, config.answer_format, config.instruction)
-    limits = (config.max_new_tokens, shape.max_position_embeddings, shape.vocab_size)
-    gold_not_used = prepare(problems, tokenizer, *limits, reward)
-    prepare(held_out, tokenizer, *limits, reward)
+        held_out = read_problems(config.eval_data, config.answer_format, notes=held_out_notes)
+        held_out = held_out[:config.eval_limit or None]
+        held_out = prepare(held_out, tokenizer, limits, reward, held_out_notes)
     needs_gold = algorithm.train_on == "gold" or algorithm.sft_share
     if needs_gold and all(p.gold_ids is None for p in problems):
-        first = f" ({gold_not_used[0]})" if gold_not_used else ""
+        first = f" ({notes.lines['gold_not_used'][0]})" if notes.counts["gold_not_used"] else ""
         raise InputError(f"--algo {config.algo} trains on gold, and {config.data} has none that "
                          f"can be used{first}")
 
@@ -144,7 +151,8 @@ def load_run(config: Config, algorithm: Algorithm, device: torch.device) -> Run:
         fused=True)
     return Run(
         config, algorithm, master, policy, optimizer, reference=reference, tokenizer=tokenizer,
-        problems=problems, held_out=held_out, gold_not_used=gold_not_used, reward=reward)
+        problems=problems, held_out=held_out, notes=notes, held_out_notes=held_out_notes,
+        reward=reward)
 
 
 # ---- The loop ------------------------------------------------------------------------------------

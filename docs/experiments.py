@@ -27,7 +27,7 @@ from operator import itemgetter
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
-from data import load_tokenizer, prepare, read_problems  # noqa: E402
+from data import Limits, load_tokenizer, prepare, read_problems  # noqa: E402
 from evaluate import evaluate  # noqa: E402
 from gcpo import ALGORITHMS  # noqa: E402
 from model import load_model  # noqa: E402
@@ -397,7 +397,8 @@ def measured(model: str, files: dict[str, str]) -> dict[str, float]:
     found = {}
     for name, path in files.items():
         problems = read_problems(path)
-        prepare(problems, tokenizer, 48, network.config.max_position_embeddings)
+        limits = Limits(48, network.config.max_position_embeddings)
+        problems = prepare(problems, tokenizer, limits)
         metrics, _ = evaluate(network, problems, tokenizer, 4, 48, temperature=1.0)
         found[name] = metrics["mean"]
         found[f"{name} tokens"] = metrics["tokens"]

@@ -1,7 +1,7 @@
 """Chat templates: found in a model folder, and rendered outside this process.
 
 A chat template is a stranger's program, and jinja2's sandbox stops neither a loop of 10^10 turns
-nor 'a' * 10^9. So it never runs in this process: a child renders all prompts at once, under limits
+nor 'a' * 10^9. So it never runs in this process: a child renders many prompts at once, under limits
 on time and memory.
 """
 from __future__ import annotations
@@ -17,7 +17,7 @@ from support.common import InputError
 RENDER_SECONDS = 10  # plus one per thousand prompts
 
 RENDER = """
-import json, sys
+import datetime, json, sys
 try:
     import resource
     resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30))
@@ -40,15 +40,32 @@ def raise_exception(message):
 def to_json(x, ensure_ascii=False, **options):
     return json.dumps(x, ensure_ascii=ensure_ascii, **options)
 
+def strftime_now(form):  # a fixed day: a run must not depend on when it is made
+    return datetime.datetime(2025, 1, 1).strftime(form)
+
+MARK = chr(0xE000) * 3  # stands after the words of a turn that is to go on
+
+def render(messages):
+    if messages[-1]["role"] != "assistant":
+        return template.render(messages=messages, add_generation_prompt=True, **variables)
+    *before, last = messages
+    messages = [*before, {**last, "content": last["content"] + MARK}]
+    text = template.render(messages=messages, add_generation_prompt=False, **variables)
+    if MARK not in text:
+        raise TemplateError("it does not write the assistant's words")
+    words, _, after = text.rpartition(MARK)
+    return after if job["after"] else words
+
 job = json.load(sys.stdin)
 environment = ImmutableSandboxedEnvironment(
     trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation])
 environment.globals["raise_exception"] = raise_exception
+environment.globals["strftime_now"] = strftime_now
 environment.filters["tojson"] = to_json
-always = dict(tools=None, documents=None, add_generation_prompt=True, **job["special"])
+variables = {"tools": None, "documents": None, **job["variables"]}
 try:
     template = environment.from_string(job["template"])
-    texts = [template.render(messages=m, **always) for m in job["conversations"]]
+    texts = [render(messages) for messages in job["conversations"]]
     if sum(map(len, texts)) > 10**5 * len(texts):
         raise TemplateError("it writes over 100,000 characters a prompt")
     json.dump({"texts": texts}, sys.stdout)
@@ -73,21 +90,52 @@ def find_template(folder: str, tokenizer_config: dict) -> tuple[str | None, str]
     if isinstance(template, list):    # several, by name
         named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
         template = named.get("default")
+        if template is None:
+            names = ", ".join(map(str, named)) or "none"
+            raise InputError(f"{path}: chat_template is a list (of {names}) without a default; "
+                             "write the one to use into chat_template.jinja")
     if template is not None and not isinstance(template, str):
         raise InputError(f"{path}: chat_template is not text")
     return template, path
 
 
+def read_template_args(text: str | None) -> dict:
+    """The variables that --chat-template-args gives to the template."""
+    try:
+        args = json.loads(text or "{}")
+    except (ValueError, RecursionError):
+        args = None
+    ours = {"messages", "add_generation_prompt"}
+    if not isinstance(args, dict) or ours & args.keys():
+        raise InputError(f"--chat-template-args {text}: expected a JSON object of the template's "
+                         """variables, such as '{"enable_thinking": false}'""")
+    return args
+
+
 def render(
-    template: str, conversations: list[list[dict]], special: dict[str, str], where: str,
+    template: str, conversations: list[list[dict]], variables: dict, where: str,
 ) -> list[str]:
-    """Each conversation through the chat template, with the assistant's turn opened. Raises
-    InputError, which names the file `where`."""
-    job = {"template": template, "conversations": conversations, "special": special}
+    """Each conversation through the chat template, with the assistant's turn opened; a turn of the
+    assistant's that stands last is left open. Raises InputError, which names the file `where`."""
+    job = {"template": template, "conversations": conversations, "variables": variables}
+    return run_child({**job, "after": False}, where)
+
+
+def turn_end(template: str, variables: dict, where: str) -> str:
+    """What the template writes after an assistant's message; empty if it writes none."""
+    conversation = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
+    job = {"template": template, "conversations": [conversation], "variables": variables}
+    try:
+        return run_child({**job, "after": True}, where)[0]
+    except InputError:    # if it is of no use at all, the first prompt will say so
+        return ""
+
+
+def run_child(job: dict, where: str) -> list[str]:
     try:
         done = subprocess.run(
             [sys.executable, "-c", RENDER], input=json.dumps(job), capture_output=True, text=True,
-            encoding="utf-8", timeout=RENDER_SECONDS + len(conversations) / 1000)
+            encoding="utf-8", timeout=RENDER_SECONDS + len(job["conversations"]) / 1000)
         result = json.loads(done.stdout)
     except subprocess.TimeoutExpired:
         raise InputError(f"{where}: the chat template does not end") from None

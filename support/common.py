@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 import zlib
+from collections.abc import Iterator
 
 import torch
 from safetensors import SafetensorError
@@ -152,22 +153,54 @@ def read_json(path: str):
 LONGEST_LINE = 16 * 2**20  # bytes
 
 
-def read_records(path: str) -> list[tuple[str, object]]:
-    """(where it stands, parsed value) of each record in a .jsonl, .jsonl.gz or .json file, which
-    must be a list. Raises InputError with file and line."""
+def read_records(path: str) -> Iterator[tuple[str, object]]:
+    """(where it stands, parsed value) of each record in a .jsonl or .json file, which may be
+    compressed (.gz), or in a .parquet file. A .json file is a list, or has an object a line. Raises
+    InputError with file and line."""
     if not os.path.isfile(path):
         what = "is a folder, not a file" if os.path.isdir(path) else "no such file"
         raise InputError(f"{path}: {what}")
     try:
         opened = gzip.open(path, "rb") if path.endswith(".gz") else open(path, "rb")
         with opened as f:
-            if path.endswith((".json", ".json.gz")):
-                return read_list(f.read(), path)
-            return list(read_lines(f, path))
+            start = f.read(4)
+            f.seek(0)
+            if start == b"PAR1":
+                yield from read_parquet(path)
+            elif path.endswith((".json", ".json.gz")) and not has_object_a_line(f):
+                yield from read_list(f.read(), path)
+            else:
+                yield from read_lines(f, path)
     except json.JSONDecodeError as e:
         raise InputError(f"{path}, line {e.lineno}: not valid JSON ({e.msg})") from None
     except (OSError, EOFError, ValueError, RecursionError, zlib.error) as e:
         raise InputError(f"{path}: cannot be read ({getattr(e, 'strerror', None) or e})") from None
+
+
+def has_object_a_line(f) -> bool:
+    """Whether the file's first two lines are JSON objects, whatever its name says."""
+    lines = (f.readline(LONGEST_LINE), f.readline(LONGEST_LINE))
+    f.seek(0)
+    try:
+        return all(isinstance(json.loads(line.decode("utf-8-sig")), dict) for line in lines)
+    except (ValueError, RecursionError):
+        return False
+
+
+def read_parquet(path: str) -> Iterator[tuple[str, object]]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise InputError(f"{path}: Parquet needs pyarrow (pip install pyarrow)") from None
+    try:
+        row = 0
+        for batch in parquet.ParquetFile(path).iter_batches(batch_size=1000):
+            for record in batch.to_pylist():
+                row += 1
+                yield f"{path}, row {row}", record
+    except pyarrow.ArrowException as e:
+        raise InputError(f"{path}: cannot be read ({one_line(e)})") from None
 
 
 def read_list(data: bytes, path: str) -> list[tuple[str, object]]:

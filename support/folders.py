@@ -288,16 +288,46 @@ def read_optional(folder: str, name: str) -> dict:
     return value
 
 
-def special_tokens(config: dict) -> dict[str, str]:
-    """The texts of the special tokens that tokenizer_config.json names."""
+def special_tokens(folder: str, config: dict) -> dict[str, str]:
+    """The texts of the special tokens that tokenizer_config.json names, or else
+    special_tokens_map.json."""
     special = {}
+    other = read_optional(folder, "special_tokens_map.json")
     for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
-        value = config.get(name)
+        value = config.get(name) or other.get(name)
         if isinstance(value, dict):
             value = value.get("content")
         if isinstance(value, str):
             special[name] = value
     return special
+
+
+def end_tokens(
+    folder: str, backend: tokenizers.Tokenizer, special: dict[str, str],
+) -> tuple[int, list[int]]:
+    """The token that ends a text, and the ids of all that end one: the special token's,
+    generation_config.json's, or else config.json's. Raises InputError if there is none."""
+    ids = end_ids(folder, "generation_config.json", backend.get_vocab_size())
+    eos = special.get("eos_token")
+    if not ids and eos is None:
+        ids = end_ids(folder, "config.json", backend.get_vocab_size())
+    end_id = backend.token_to_id(eos) if eos else next(iter(ids), None)
+    if end_id is None:
+        raise InputError(
+            f"{folder}: no end token; tokenizer_config.json or special_tokens_map.json must name "
+            f"an eos_token of its vocabulary (it says {eos!r}), or generation_config.json or "
+            "config.json an eos_token_id")
+    return end_id, ids
+
+
+def end_ids(folder: str, name: str, size: int) -> list[int]:
+    """eos_token_id of a file, which may be one, several or none."""
+    ids = read_optional(folder, name).get("eos_token_id", [])
+    if not isinstance(ids, list):
+        ids = [] if ids is None else [ids]
+    if not all(type(i) is int and 0 <= i < size for i in ids):
+        raise InputError(f"{folder}/{name}: eos_token_id {ids} is not in the vocabulary")
+    return ids
 
 
 def copy_tokenizer(source: str, folder: str) -> None:

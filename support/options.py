@@ -16,11 +16,12 @@ from importlib import util
 import torch
 
 from gcpo import ALGORITHMS, Algorithm, switch
-from grader import Reward
+from grader import GRADERS, Reward
 from support import parallel
 from support.checkpoint import sha256
 from support.common import InputError, as_flags, flag, one_line, pick_device
 from support.folders import TOKENIZER_FILES, weight_files
+from support.math_verify import MathVerify
 from support.toy import TOY, build_toy, toy_files
 
 
@@ -29,7 +30,7 @@ class Config:
     """The settings of a run. The switches of gcpo.Algorithm are flags as well."""
     # What to train on
     model: str = switch(None, "Hugging Face model folder (without --model and --data: the toy)")
-    data: str = switch(None, "training problems: .jsonl, .jsonl.gz or .json")
+    data: str = switch(None, "training problems: .jsonl, .json or .parquet")
     eval_data: str = switch(None, "held-out problems, evaluated before and after training and "
                                   "every --eval-every steps")
     answer_format: str = switch("hash", "what instruction and gold use: #### or \\boxed{}",
@@ -37,8 +38,12 @@ class Config:
     instruction: str = switch(None, "text after each question, in place of the format's own")
     answer_only_gold: bool = switch(False, "make gold of the bare answer if the data has no "
                                            "solution")
+    strict: bool = switch(False, "refuse a file with records that would be left out")
+    chat_template_args: str = switch(None, "variables for the chat template, as JSON: "
+                                           """'{"enable_thinking": false}'""")
+    stop_token: str = switch(None, "more tokens that end a response, with blanks between them")
     reward: str = switch(None, "FILE.py:function, (response, answer) -> float, in place of the "
-                               "grader")
+                               "grader; or math_verify, where that package is installed")
     correct_at: float = switch(1.0, "reward from which on a response counts as correct")
 
     # How
@@ -276,10 +281,15 @@ def as_command(config: Config, given: dict) -> str:
     return shlex.join(["python", "train.py", *as_flags(settings)])
 
 
-def load_reward(spec: str | None, correct_at: float = 1.0) -> Reward:
-    """The grader, or the user's own function (response, answer) -> float from FILE.py:function."""
+def load_reward(
+    spec: str | None, correct_at: float = 1.0, answer_format: str = "hash",
+) -> Reward:
+    """The grader; the package math-verify; or the user's own function (response, answer) -> float
+    from FILE.py:function."""
     if spec is None:
-        return Reward(correct_at=correct_at)
+        return Reward(GRADERS[answer_format], correct_at)
+    if spec == "math_verify":
+        return Reward(MathVerify(), correct_at)
     path, _, name = spec.rpartition(":")
     if not path or not os.path.isfile(path):
         raise InputError(f"--reward {spec}: expected FILE.py:function, and the file must exist")

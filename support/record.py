@@ -28,6 +28,7 @@ class Record:
         self.run = run
         self.log = log
         self.stopping = stopping
+        self.warned = False    # of responses that never end
         self.tokenizer_files = os.path.join(run.config.out, "tokenizer")
         self.bf16_change = runlog.Bf16Change(run.master)    # before `resume`: the start's weights
         self.state = State()
@@ -100,6 +101,7 @@ class Record:
         it could not write missing ones."""
         self.log("metrics", self.metrics)
         self.log("samples", self.sample)
+        self.warned = self.warned or runlog.warn_of_cut_off(self.run, self.metrics)
         runlog.show_on(self.bar, self.metrics)
 
     def save_if_due(self) -> None:

@@ -29,7 +29,7 @@ from support.checkpoint import (
     newest_checkpoint,
     refuse_changes,
 )
-from support.common import read_json, written_whole
+from support.common import flag, read_json, written_whole
 from support.folders import copy_tokenizer
 from support.memory import estimated_bytes
 from support.options import as_command, record_of, run_name
@@ -79,8 +79,9 @@ def warn(run) -> None:
     data, name = run.config.data, run.algorithm.name
     if run.algorithm.gold_when != "never" and all(p.gold_ids is None for p in run.problems):
         why = "--answer-only-gold makes gold of bare answers"
-        if run.gold_not_used:
-            why = f"none of its golds can be used, see the notes; first: {run.gold_not_used[0]}"
+        if run.notes.counts["gold_not_used"]:
+            first = run.notes.lines["gold_not_used"][0]
+            why = f"none of its golds can be used; first: {first}"
         print(f"warning: no problem of {data} has gold, so this run is {name} without it; {why}",
               file=sys.stderr)
     shared = {str(p.question) for p in run.problems} & {str(p.question) for p in run.held_out}
@@ -97,15 +98,16 @@ def announce(run, command: str) -> None:
     threads = f" ({torch.get_num_threads()} threads)" if device.type == "cpu" else ""
     dtype = str(run.policy.dtype).removeprefix("torch.")
     gib = estimated_bytes(run) / 2**30
+    stops = run.tokenizer.stop_tokens
+    ends = f"; responses end with {' or '.join(stops)}" if len(stops) > 1 else ""
     print(command)
     print(f"{run_name(run.config)}: {model}, {parameters / 1e6:.2f} M parameters, "
           f"{device}{threads}, {dtype}, about {gib:.1f} GiB; {len(run.problems)} problems, "
-          f"{with_gold} with gold; {len(run.held_out)} held out")
-    complaints = run.gold_not_used
-    for line in complaints[:3]:
-        print(f"note: {line}; it trains without gold")
-    if len(complaints) > 3:
-        print(f"note: … and {len(complaints) - 3} more, {len(complaints)} in all")
+          f"{with_gold} with gold; {len(run.held_out)} held out{ends}")
+    for line in run.notes.summary():
+        print(f"note: {line}")
+    for line in run.held_out_notes.summary():
+        print(f"note, held out: {line}")
 
 
 def run_record(run, settings: dict, command: str) -> dict:
@@ -121,8 +123,9 @@ def run_record(run, settings: dict, command: str) -> dict:
         "threads": torch.get_num_threads(),
         "problems": len(run.problems),
         "with_gold": sum(p.gold_ids is not None for p in run.problems),
-        "gold_not_used": run.gold_not_used,
+        "notes": run.notes.lines,
         "held_out": len(run.held_out),
+        "held_out_notes": run.held_out_notes.lines,
         "git": git_commit(),
         "processes": parallel.world(),
         "python": platform.python_version(),
@@ -170,8 +173,9 @@ def last_words(run, before: float | None, after: float | None) -> None:
     if config.eval_data:
         words = [python, "evaluate.py", "--model", model, "--data", config.eval_data]
         words += ["--max-new-tokens", str(config.max_new_tokens)]
-        if config.instruction is not None:
-            words += ["--instruction", config.instruction]
+        for name in ("instruction", "chat_template_args", "stop_token"):
+            if getattr(config, name) is not None:
+                words += [flag(name), getattr(config, name)]
         if config.answer_format == "boxed":
             words += ["--answer-format", "boxed"]
         if config.reward:
@@ -244,6 +248,19 @@ def show_on(bar, metrics: dict) -> None:
     bar.set_postfix_str(", ".join(words))
 
 
+def warn_of_cut_off(run, metrics: dict) -> bool:
+    """Say it if most groups are wrong because no rollout came to an end. Returns whether it did."""
+    share = metrics.get("groups/cut_off", 0)
+    if share <= 0.5:
+        return False
+    if parallel.rank() == 0:
+        tqdm.write(
+            f"warning: in {share:.0%} of step {metrics['step']}'s groups all rollouts are wrong and "
+            f"none came to its end within --max-new-tokens {run.config.max_new_tokens}; the limit "
+            "may be the problem, and gold cannot teach what it cuts off", file=sys.stderr)
+    return True
+
+
 # ---- Metrics (docs/metrics.md explains each) -----------------------------------------------------
 
 class StepReport(NamedTuple):
@@ -306,6 +323,7 @@ def rollout_metrics(numbers: dict[str, list[float]]) -> dict:
             "groups/all_wrong": mean(r == 0 for r in right),
             "groups/mixed": mean(0 < r < 1 for r in right),
             "groups/all_right": mean(r == 1 for r in right),
+            "groups/cut_off": mean(r == 0 and c == 1 for r, c in zip(right, numbers["cut"])),
             "length/mean": mean(numbers["length"]),
             "length/truncated": mean(numbers["cut"]),
         }

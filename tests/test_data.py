@@ -12,9 +12,11 @@ import torch
 from tokenizers import decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from data import INSTRUCTIONS, grade_group, Problem, load_tokenizer, prepare, read_problems
+import data
+from data import (
+    INSTRUCTIONS, Limits, Notes, Problem, grade_group, load_tokenizer, prepare, read_problems)
 from gcpo import Group
-from grader import Reward, grade
+from grader import Reward, doubt, grade
 from support import chat, common
 from support.common import InputError
 from support.options import load_reward
@@ -132,7 +134,103 @@ FORMATS = {
         "34",
         None,
     ),
+    "verl list": (
+        {"prompt": "Q?", "reward_model": {"ground_truth": ["34"]}},
+        "Q?",
+        "34",
+        None,
+    ),
+    "verl GSM8K": (
+        {
+            "prompt": CHAT,
+            "reward_model": {"ground_truth": "72"},
+            "extra_info": {"answer": "24 + 48 = <<24+48=72>>72\n#### 72", "question": "Q?"},
+        },
+        CHAT,
+        "72",
+        "24 + 48 = 72",
+    ),
     "dapo": ({"prompt": "Q?", "answer": "34"}, "Q?", "34", None),
+    "limo": (
+        {"question": "Q?", "solution": "6*7 = 42.", "answer": "42"},
+        "Q?",
+        "42",
+        "6*7 = 42.",
+    ),
+    "trl, bare": ({"prompt": CHAT, "solution": "$42$"}, CHAT, "$42$", None),
+    "trl, boxed": ({"prompt": "Q?", "solution": NESTED}, "Q?", r"\frac{1}{\sqrt{2}}", NESTED),
+    "ground_truth": ({"prompt": "Q?", "ground_truth": "42"}, "Q?", "42", None),
+    "deepmath": ({"question": "Q?", "final_answer": "42"}, "Q?", "42", None),
+    "olympiad": (
+        {"question": "Q?", "solution": "So 42.", "final_answer": ["42"], "answer": None},
+        "Q?",
+        "42",
+        "So 42.",
+    ),
+    "nemo": (
+        {"problem": "Q?", "expected_answer": "42", "generated_solution": "So \\boxed{42}."},
+        "Q?",
+        "42",
+        "So \\boxed{42}.",
+    ),
+    "metamath": (
+        {"query": "Q?", "response": "6*7 = 42.\nThe answer is: 42", "type": "GSM"},
+        "Q?",
+        "42",
+        "6*7 = 42.\nThe answer is: 42",
+    ),
+    "capitals": (
+        {"ID": 1, "Problem": "Q?", "Solution": "So 42.", "Answer": 42},
+        "Q?",
+        "42",
+        "So 42.",
+    ),
+    "GSM8K in the solution": (
+        {"problem": "Q?", "solution": "7*6=42\n#### 42", "answer": None},
+        "Q?",
+        "42",
+        "7*6=42",
+    ),
+    "boxed answer": ({"problem": "Q?", "answer": "$\\boxed{42}$"}, "Q?", "42", None),
+    "list of one": ({"problem": "Q?", "answer": ["9.6"]}, "Q?", "9.6", None),
+    "asdiv, two parts": (
+        {"body": "Pens.", "question": "How many?", "answer": "17 (red); 8 (green)"},
+        "Pens. How many?",
+        "17 (red); 8 (green)",
+        None,
+    ),
+    "mmlu": (
+        {"question": "Which?", "choices": ["4", "6", "7", "9"], "answer": 2},
+        "Which?\n(A) 4\n(B) 6\n(C) 7\n(D) 9",
+        "C",
+        None,
+    ),
+    "aqua": (
+        {"question": "Which?", "options": ["A)4", "B)7"], "rationale": "7.", "correct": "B"},
+        "Which?\n(A) 4\n(B) 7",
+        "B",
+        "7.",
+    ),
+    "arc": (
+        {"question": "Which?", "choices": {"text": ["4", "7"], "label": ["A", "B"]},
+         "answerKey": "B"},
+        "Which?\n(A) 4\n(B) 7",
+        "B",
+        None,
+    ),
+    "choices by letter": (
+        {"question": "Which?", "options": {"A": "4", "B": "7"}, "answer": "(b)"},
+        "Which?\n(A) 4\n(B) 7",
+        "B",
+        None,
+    ),
+    "choices by text": (
+        {"question": "Which?", "choices": ["a dog", "a cat"], "answer": "a cat"},
+        "Which?\n(A) a dog\n(B) a cat",
+        "B",
+        None,
+    ),
+    "no choices": ({"question": "Q?", "choices": None, "answer": "5"}, "Q?", "5", None),
     "plain": ({"question": "Q?", "answer": "  5 "}, "Q?", "5", None),
     "plain chat": ({"question": CHAT, "answer": 5}, CHAT, "5", None),
     "unicode": ({"question": "Où? 雪 😀", "answer": "雪"}, "Où? 雪 😀", "雪", None),
@@ -161,6 +259,7 @@ def test_formats(tmp_path, record, question, answer, solution, answer_format, la
     [problem] = read_problems(path, answer_format)
     assert problem.question == question
     assert problem.answer == answer
+    assert doubt(problem.answer) is None
     in_braces = "{" + answer + "}"
     written = in_braces if answer_format == "boxed" else answer
     last_line = last_line.replace("{}", written)
@@ -174,7 +273,7 @@ def test_formats(tmp_path, record, question, answer, solution, answer_format, la
         assert problem.gold == solution
     else:
         assert problem.gold == f"{solution}\n{last_line}"
-    assert grade(problem.gold, problem.answer) == 1.0
+    assert grade(problem.gold, problem.answer, answer_format) == 1.0
 
 
 def test_own_gold_is_taken_as_it_is(tmp_path):
@@ -214,6 +313,8 @@ FILES = {
         "item",
     ),
     "list gz": ("a.json.gz", gzip.compress(json.dumps(RECORDS).encode()), "item"),
+    "lines in .json": ("a.json", LINES, "line"),
+    "lines in .json.gz": ("a.json.gz", gzip.compress(LINES), "line"),
 }
 
 
@@ -243,94 +344,10 @@ BAD_FILES = {
     "no JSON": ("a.jsonl", GOOD + b"\n{question: 1}\n", "line 3"),
     "cut line": ("a.jsonl", GOOD + b'{"question": "Q?", "ans', "line 2"),
     "two on a line": ("a.jsonl", GOOD + GOOD.strip() + GOOD, "line 2"),
-    "no object": ("a.jsonl", GOOD + b'"Q?"\n', "line 2"),
-    "a list a line": ("a.jsonl", GOOD + b"[1, 2]\n", "line 2"),
-    "null": ("a.jsonl", GOOD + b"null\n", "line 2"),
-    "unknown fields": (
-        "a.jsonl",
-        GOOD + jsonl({"frage": "Q?", "antwort": 1}),
-        "line 2: fields frage, antwort",
-    ),
-    "no fields": ("a.jsonl", GOOD + b"{}\n", "line 2"),
-    "no answer": ("a.jsonl", GOOD + jsonl({"question": "Q?"}), "line 2"),
-    "null answer": ("a.jsonl", GOOD + jsonl({"question": "Q?", "answer": None}), "line 2"),
-    "empty answer": ("a.jsonl", GOOD + jsonl({"question": "Q?", "answer": " "}), "line 2"),
-    "answer of dress alone": (
-        "a.jsonl",
-        GOOD + jsonl({"question": "Q?", "answer": "$."}),
-        "line 2",
-    ),
-    "empty question": ("a.jsonl", GOOD + jsonl({"question": "", "answer": 1}), "line 2"),
-    "empty GSM8K answer": (
-        "a.jsonl",
-        GOOD + jsonl({"question": "Q?", "answer": "Long.\n####"}),
-        "line 2",
-    ),
-    "GSM8K answer in a list": (
-        "a.jsonl",
-        GOOD + jsonl({"question": "Q?", "answer": ["Long.", "#### 3"]}),
-        "line 2",
-    ),
-    "no box": ("a.jsonl", GOOD + jsonl({"problem": "Q?", "solution": "It is five."}), "line 2"),
-    "solution in a list": (
-        "a.jsonl",
-        GOOD + jsonl({"problem": "Q?", "solution": ["\\boxed{5}"]}),
-        "line 2",
-    ),
-    "bool answer": ("a.jsonl", GOOD + jsonl({"question": "Q?", "answer": True}), "line 2"),
-    "bool answer, ASDiv": (
-        "a.jsonl",
-        GOOD + jsonl({"body": "B.", "question": "Q?", "answer": True}),
-        "line 2",
-    ),
-    "NaN answer": ("a.jsonl", GOOD + jsonl({"input": "Q?", "target": float("nan")}), "line 2"),
-    "NaN answer, ASDiv": (
-        "a.jsonl",
-        GOOD + jsonl({"body": "B.", "question": "Q?", "answer": float("nan")}),
-        "line 2",
-    ),
-    "infinite answer": ("a.jsonl", GOOD + jsonl({"input": "Q?", "target": float("inf")}), "line 2"),
-    "answer in a dict": (
-        "a.jsonl",
-        GOOD + jsonl({"question": "Q?", "answer": {"value": 1}}),
-        "line 2",
-    ),
-    "gold in a list": (
-        "a.jsonl",
-        GOOD + jsonl({"question": "Q?", "answer": 1, "gold": ["#### 1"]}),
-        "line 2",
-    ),
-    "verl without truth": (
-        "a.jsonl",
-        GOOD + jsonl({"prompt": "Q?", "reward_model": {"style": "rule"}}),
-        "line 2",
-    ),
-    "verl truth in the wrong place": (
-        "a.jsonl",
-        GOOD + jsonl({"prompt": "Q?", "reward_model": "rule"}),
-        "line 2",
-    ),
-    "chat of text": ("a.jsonl", GOOD + jsonl({"prompt": ["Q?"], "answer": 1}), "line 2"),
-    "empty chat": ("a.jsonl", GOOD + jsonl({"prompt": [], "answer": 1}), "line 2"),
-    "chat of pictures": (
-        "a.jsonl",
-        GOOD + jsonl({"prompt": [{"role": "user", "content": [{"type": "image"}]}], "answer": 1}),
-        "line 2",
-    ),
-    "chat without role": (
-        "a.jsonl",
-        GOOD + jsonl({"prompt": [{"content": "Q?"}], "answer": 1}),
-        "line 2",
-    ),
     "field twice": ("a.jsonl", GOOD + b'{"question": "Q?", "answer": 1, "answer": 2}\n', "line 2"),
     "not UTF-8": ("a.jsonl", GOOD + b'{"question": "\xff", "answer": 1}\n', "line 2"),
     "UTF-16": ("a.jsonl", GOOD.decode().encode("utf-16"), "line 1"),
     "deep": ("a.jsonl", GOOD + b"[" * 100_000 + b"\n", "line 2"),
-    "deep answer": (
-        "a.jsonl",
-        GOOD + b'{"question": "Q?", "answer": ' + b"[" * 900 + b"]" * 900 + b"}\n",
-        "line 2",
-    ),
     "5,000 digits": (
         "a.jsonl",
         GOOD + b'{"question": "Q?", "answer": ' + b"1" * 5000 + b"}\n",
@@ -338,9 +355,6 @@ BAD_FILES = {
     ),
     "list: no JSON": ("a.json", b'[{"question": "Q?",\n "answer": 1},\n {"question": }]', "line 3"),
     "list: an object": ("a.json", GOOD, "list"),
-    "list: JSONL": ("a.json", GOOD + GOOD, "line 2"),
-    "list: item": ("a.json", b"[" + GOOD + b", 7]", "item 2"),
-    "list: fields": ("a.json", b"[" + GOOD + b', {"q": 1}]', "item 2"),
     "list: field twice": ("a.json", b'[{"question": "Q?", "answer": 1, "answer": 2}]', "twice"),
     "list: not UTF-8": ("a.json", b'["\xff"]', "cannot be read"),
     "list: deep": ("a.json", b"[" * 100_000, "cannot be read"),
@@ -360,6 +374,103 @@ def test_bad_files(tmp_path, name, content, says):
     """
     path = write(tmp_path / name, content)
     refusal(lambda: read_problems(path), path, says)
+
+
+# name: record, what the note must say of it
+LEFT_OUT = {
+    "null": (None, "the record is null"),
+    "text": ("Q?", "the record is text"),
+    "a list": ([1, 2], "the record is a list of 2"),
+    "unknown fields": ({"frage": "Q?", "antwort": 1}, "fields frage, antwort"),
+    "no fields": ({}, "fields none"),
+    "no question": ({"answer": 1}, "no question (looked for: prompt, problem, question"),
+    "no answer": ({"question": "Q?"}, "no answer (looked for: answer, final_answer"),
+    "null answer": ({"problem": "Q?", "answer": None}, "its answer is null"),
+    "empty answer": ({"question": "Q?", "answer": " "}, "its answer is empty"),
+    "answer of dress alone": ({"question": "Q?", "answer": "$."}, "its answer is empty"),
+    "empty box": ({"question": "Q?", "answer": "\\boxed{}"}, "its answer is empty"),
+    "empty question": ({"question": "", "answer": 1}, "its question is empty"),
+    "empty GSM8K answer": ({"question": "Q?", "answer": "Long.\n####"}, "after #### in answer"),
+    "no answer in the solution": ({"problem": "Q?", "solution": "Clear."}, "no answer in its sol"),
+    "solution in a list": ({"problem": "Q?", "solution": ["\\boxed{5}"]}, "no answer"),
+    "answers": ({"question": "Q?", "answer": ["3", "4"]}, "its answer is a list of 2"),
+    "answers, verl": (
+        {"prompt": "Q?", "reward_model": {"ground_truth": ["3", "4"]}},
+        "its reward_model.ground_truth is a list of 2",
+    ),
+    "bool answer": ({"question": "Q?", "answer": True}, "its answer is true or false"),
+    "bool answer, ASDiv": (
+        {"body": "B.", "question": "Q?", "answer": True},
+        "its answer is true or false",
+    ),
+    "NaN answer": ({"input": "Q?", "target": float("nan")}, "its target is not a finite number"),
+    "infinite": ({"input": "Q?", "target": float("inf")}, "its target is not a finite number"),
+    "answer in a dict": ({"question": "Q?", "answer": {"value": 1}}, "its answer is an object"),
+    "gold in a list": ({"question": "Q?", "answer": 1, "gold": ["#### 1"]}, "its gold"),
+    "verl without truth": ({"prompt": "Q?", "reward_model": {"style": "rule"}}, "no answer"),
+    "verl truth in the wrong place": ({"prompt": "Q?", "reward_model": "rule"}, "no answer"),
+    "completions": ({"question": "Q?", "reference": "1", "response": "#### 1"}, "no answer"),
+    "chat of text": ({"prompt": ["Q?"], "answer": 1}, "not of messages"),
+    "empty chat": ({"prompt": [], "answer": 1}, "no message of the user's"),
+    "system alone": (
+        {"prompt": [{"role": "system", "content": "Be brief."}], "answer": 1},
+        "no message of the user's",
+    ),
+    "chat of pictures": (
+        {"prompt": [{"role": "user", "content": [{"type": "image"}]}], "answer": 1},
+        "not of messages",
+    ),
+    "chat without role": ({"prompt": [{"content": "Q?"}], "answer": 1}, "not of messages"),
+    "choices without a right one": ({"question": "Q?", "choices": ["4", "6"]}, "no right one"),
+    "choices, answer among none": (
+        {"question": "Q?", "choices": ["4", "6"], "answer": "7"},
+        "names none of its choices",
+    ),
+    "choices, two answers": (
+        {"question": "Q?", "choices": ["1", "0"], "answer": 1},
+        "names more than one of its choices",
+    ),
+    "choices in an object": (
+        {"question": "Q?", "choices": {"first": "4"}, "answer": "4"},
+        "of no known form",
+    ),
+    "choices as text": ({"question": "Q?", "options": "A) 4 B) 6", "answer": "A"}, "no known form"),
+}
+
+
+@pytest.mark.parametrize("record, says", by_name(LEFT_OUT))
+def test_a_bad_record_is_left_out(tmp_path, record, says):
+    """A record that cannot be used is left out, and noted with its line and with what is wrong.
+
+    With --strict it refuses the file, and so it does if it is all there is. (Bugs: one
+    bad record that refuses a file of 100,000; one that is left out in silence.)
+    """
+    good = {"question": "Good?", "answer": 1}
+    path = write(tmp_path / "a.jsonl", jsonl(good, record, good))
+    notes = Notes()
+    problems = read_problems(path, notes=notes)
+    assert [p.source for p in problems] == [f"{path}, line 1", f"{path}, line 3"]
+    assert notes.counts["left_out"] == 1
+    [line] = notes.lines["left_out"]
+    assert line.startswith(f"{path}, line 2: ")
+    assert says in line
+    assert len(line.splitlines()) == 1
+    strict = Notes(strict=True)
+    refusal(lambda: read_problems(path, notes=strict), f"{path}, line 2", says, "--strict")
+    alone = write(tmp_path / "b.jsonl", jsonl(record))
+    refusal(lambda: read_problems(alone), f"{alone}, line 1", says)
+
+
+def test_notes_count_what_run_json_does_not_list(tmp_path):
+    """Of 3,000 bad records, and of 3,000 repeated ones, all are counted and 1,000 listed."""
+    bad = [{"question": "Q?"}] * 3000
+    good = [{"question": "Q?", "answer": 1}] * 3001
+    path = write(tmp_path / "a.jsonl", jsonl(*bad, *good))
+    notes = Notes()
+    assert len(read_problems(path, notes=notes)) == 3001
+    assert notes.counts == {"left_out": 3000, "repeated": 3000}
+    assert len(notes.lines["left_out"]) == len(notes.lines["repeated"]) == 1000
+    assert any("3000" in line and "line 1:" in line for line in notes.summary())
 
 
 def test_no_such_file(tmp_path):
@@ -731,6 +842,134 @@ def test_templates_as_transformers_renders_them(tmp_path, template):
         )
 
 
+OPEN_TURNS = [
+    [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "Hm.\n<think>"}],
+    [*CHAT, {"role": "assistant", "content": "Hm. "}],
+    # the same words once more, in a place that must not be mistaken for the end
+    [
+        {"role": "user", "content": "Say Hm."},
+        {"role": "assistant", "content": "Hm."},
+        {"role": "user", "content": "Once more: Hm."},
+        {"role": "assistant", "content": "Hm."},
+    ],
+]
+
+
+@pytest.mark.parametrize("template", [CHATML, LAYOUT], ids=["chatml", "layout"])
+def test_an_open_turn_goes_on(tmp_path, template):
+    """A prompt whose last message is the assistant's ends with its words, as in transformers.
+
+    The instruction goes to the user's last message. (Bugs: the instruction written into
+    the assistant's words; its turn closed, and a second one opened.)
+    """
+    folder = make_folder(tmp_path, {**EOS_CONFIG, "chat_template": template})
+    oracle = PreTrainedTokenizerFast(
+        tokenizer_file=f"{folder}/tokenizer.json",
+        chat_template=template,
+    )
+    tokenizer = load_tokenizer(folder, instruction="Go.")
+    texts = tokenizer.prompt_texts([Problem(turns, "4") for turns in OPEN_TURNS])
+    for turns, text in zip(OPEN_TURNS, texts):
+        *before, user, assistant = turns
+        asked = [*before, {**user, "content": user["content"] + "\nGo."}, assistant]
+        expected = oracle.apply_chat_template(asked, tokenize=False, continue_final_message=True)
+        assert text == expected
+
+
+def test_an_open_turn_without_a_template(tmp_path):
+    """Without a template an open turn ends the prompt, without a newline."""
+    tokenizer = load_tokenizer(make_folder(tmp_path), instruction="Go.")
+    [text] = tokenizer.prompt_texts([Problem(OPEN_TURNS[0], "4")])
+    assert text == "2 + 2?\nGo.\nHm.\n<think>"
+
+
+def test_a_template_that_drops_the_open_turn_is_refused(tmp_path):
+    """(Bug: a prompt without the words that the response goes on from.)"""
+    folder = make_folder(tmp_path, template_file="{{ messages[0].content }}")
+    tokenizer = load_tokenizer(folder)
+    problem = Problem(OPEN_TURNS[0], "4")
+    refusal(lambda: tokenizer.encode_prompt(problem), "chat_template.jinja", "assistant's words")
+
+
+def test_template_args(tmp_path):
+    """--chat-template-args reaches the template. (Bug: Qwen3's thinking, which nothing ends.)"""
+    template = "{{ messages[0].content }}{% if not enable_thinking %}<think></think>{% endif %}"
+    folder = make_folder(tmp_path, template_file=template)
+    for text, end in (('{"enable_thinking": true}', ""), (None, "<think></think>")):
+        tokenizer = load_tokenizer(folder, instruction="", template_args=text)
+        assert tokenizer.prompt_texts([Problem("Q?", "4")]) == ["Q?" + end]
+    for text in ("enable_thinking=false", "[1]", '{"messages": []}', "{", '"a"'):
+        refusal(
+            lambda: load_tokenizer(folder, template_args=text),
+            "--chat-template-args",
+        )
+
+
+# ---- What ends a response, in templates ----------------------------------------------------------
+
+# name: what the template writes around a message, its end token
+TURN_ENDS = {
+    "chatml": ("<|{role}|>{content}<|end|>\n", END),
+    "blank before": ("[{role}] {content} <|end|>", END),
+    "eos": ("[{role}]{content}</s>", EOS),
+    "nothing": ("[{role}]{content}\n", EOS),
+    "words": ("[{role}]{content}\n---\n<|end|>", EOS),
+}
+
+
+@pytest.mark.parametrize("turn, end", by_name(TURN_ENDS))
+def test_the_token_that_ends_a_turn(tmp_path, turn, end):
+    """The token that a template writes after the assistant's words ends a response and a gold.
+
+    (Bug: Qwen2.5's base models, whose end token is another than their template's: the
+    response runs on into turns of its own, and its last answer is graded.)
+    """
+    body = turn.replace("{role}", "{{ m.role }}").replace("{content}", "{{ m.content }}")
+    template = "{% for m in messages %}" + body + "{% endfor %}"
+    folder = make_folder(tmp_path, {**EOS_CONFIG, "chat_template": template})
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.end_id == end
+    assert tokenizer.stop_ids == sorted({EOS, end})
+    assert tokenizer.encode_response("#### 4")[-1] == end
+
+
+def test_more_stop_tokens(tmp_path):
+    """--stop-token adds tokens; one that is no token is refused."""
+    folder = make_folder(tmp_path)
+    tokenizer = load_tokenizer(folder, stop_token="<|end|> <unk>")
+    assert tokenizer.stop_ids == [0, EOS, END]
+    assert tokenizer.end_id == EOS
+    refusal(lambda: load_tokenizer(folder, stop_token="<|end|> <stop>"), "--stop-token <stop>")
+
+
+def test_end_tokens_named_elsewhere(tmp_path):
+    """An end token may stand in special_tokens_map.json or in config.json alone."""
+    folder = make_folder(tmp_path, config={})
+    write(tmp_path / "config.json", json.dumps({"eos_token_id": END}))
+    assert load_tokenizer(folder).stop_ids == [END]
+    write(tmp_path / "special_tokens_map.json", json.dumps({"eos_token": {"content": "</s>"}}))
+    assert load_tokenizer(folder).stop_ids == [EOS]
+    write(tmp_path / "tokenizer_config.json", json.dumps({"eos_token": "<|end|>"}))
+    assert load_tokenizer(folder).stop_ids == [END]
+
+
+def test_a_prompt_does_not_end_with_the_end_token(tmp_path):
+    """(Bug: a tokenizer that closes every text, prompts too: the model has nothing to add.)"""
+    folder = make_folder(tmp_path)
+    path = f"{folder}/tokenizer.json"
+    saved = tokenizers.Tokenizer.from_file(path)
+    saved.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>",
+        special_tokens=[("<s>", BOS), ("</s>", EOS)],
+    )
+    saved.save(path)
+    tokenizer = load_tokenizer(folder, instruction="")
+    prompt = tokenizer.encode_prompt(Problem("Q?", "4")).tolist()
+    assert prompt[0] == BOS
+    assert EOS not in prompt
+    assert tokenizer.decode(prompt) == "Q?\n"
+
+
 # name: template, what the message must say
 HOSTILE = {
     "endless loop": (
@@ -791,7 +1030,7 @@ def test_templates_see_neither_classes_nor_the_clock(tmp_path):
     )
     folder = make_folder(tmp_path, template_file=template)
     tokenizer = load_tokenizer(folder)
-    assert tokenizer.prompt_texts([Problem("Q?", "4")]) == ["[]"]
+    assert tokenizer.prompt_texts([Problem("Q?", "4")]) == ["[01 Jan 2025]"]
 
 
 # ---- Bad tokenizers ------------------------------------------------------------------------------
@@ -832,6 +1071,12 @@ BAD_FOLDERS = {
         json.dumps({**EOS_CONFIG, "chat_template": [{"name": "default", "template": 7}]}),
         "chat_template",
     ),
+    "templates without a default": (
+        "tokenizer_config.json",
+        json.dumps({**EOS_CONFIG, "chat_template": [{"name": "rag", "template": "a"}]}),
+        "without a default",
+    ),
+    "special tokens no JSON": ("special_tokens_map.json", "{", "special_tokens_map.json"),
     "template not UTF-8": ("chat_template.jinja", b"\xff", "chat_template.jinja"),
     "generation no JSON": ("generation_config.json", "{", "generation_config.json"),
     "stop token outside": ("generation_config.json", '{"eos_token_id": [2, 100000]}', "100000"),
@@ -873,7 +1118,7 @@ def test_text_the_tokenizer_refuses(tmp_path):
     tokenizer = load_tokenizer(make_folder(tmp_path))
     record = b'{"question": "smile \\ud83d", "answer": "1"}\n'
     path = write(tmp_path / "a.jsonl", record)
-    refusal(lambda: prepare(read_problems(path), tokenizer, 10, 1000))
+    refusal(lambda: prepare(read_problems(path), tokenizer, Limits(10, 1000)))
 
     vocabulary = {"</s>": 0, "a": 1}
     level = models.WordLevel(vocabulary, unk_token="<unk>")
@@ -903,12 +1148,8 @@ def test_prepare_checks_every_gold(tmp_path):
     records = [{"question": "2 + 2?", "answer": 4, "gold": gold} for gold in golds]
     path = write(tmp_path / "a.jsonl", jsonl(*records))
     problems = read_problems(path)
-    complaints = prepare(
-        problems,
-        tokenizer,
-        max_new_tokens=15,
-        max_positions=100,
-    )
+    notes = Notes()
+    assert prepare(problems, tokenizer, Limits(15, 100), notes=notes) == problems
     used = [p.gold_ids is not None for p in problems]
     assert used == [True, False, False, False, False, True]
     for problem in problems:
@@ -925,19 +1166,16 @@ def test_prepare_checks_every_gold(tmp_path):
         (3, "39 tokens"),
         (5, "not grade as correct"),
     ]
+    complaints = notes.lines["gold_not_used"]
     assert len(complaints) == 3
     assert all("\n" not in c for c in complaints)
     for complaint, (line, says) in zip(complaints, expected):
         assert complaint.startswith(f"{path}, line {line}:")
         assert says in complaint
 
-    complaints = prepare(
-        problems,
-        tokenizer,
-        max_new_tokens=14,
-        max_positions=100,
-    )
-    assert len(complaints) == 4
+    notes = Notes()
+    prepare(problems, tokenizer, Limits(14, 100), notes=notes)
+    assert notes.counts["gold_not_used"] == 4
 
 
 def test_prepare_grades_through_the_tokenizer(tmp_path):
@@ -949,7 +1187,9 @@ def test_prepare_grades_through_the_tokenizer(tmp_path):
     tokenizer = load_tokenizer(folder, instruction="")
     seven = Problem("Q?", "17", "#### 17", source="a.jsonl, line 1")
     eight = Problem("Q?", "18", "#### 18")
-    [complaint] = prepare([seven, eight], tokenizer, 20, 100)
+    notes = Notes()
+    assert len(prepare([seven, eight], tokenizer, Limits(20, 100), notes=notes)) == 2
+    [complaint] = notes.lines["gold_not_used"]
     assert complaint.startswith("a.jsonl, line 1:")
     assert seven.gold_ids is None
     assert seven.prompt is not None
@@ -971,7 +1211,7 @@ def test_prepare_closes_an_open_think(tmp_path):
     template = "{{ messages[0].content }}<think>\n"
     folder = make_folder(tmp_path, template_file=template)
     opened = load_tokenizer(folder, instruction="")
-    assert prepare(problems, opened, 50, 100) == []
+    assert len(prepare(problems, opened, Limits(50, 100))) == 3
     texts = [opened.decode(p.gold_ids) for p in problems]
     assert texts == [
         "Two and two.\nFour.\n</think>\n#### 4",
@@ -982,8 +1222,96 @@ def test_prepare_closes_an_open_think(tmp_path):
     template = "{{ messages[0].content }}<think>\n\n</think>\n"
     folder = make_folder(tmp_path, template_file=template)
     closed = load_tokenizer(folder, instruction="")
-    prepare(problems, closed, 50, 100)
+    prepare(problems, closed, Limits(50, 100))
     assert closed.decode(problems[0].gold_ids) == golds[0]
+
+
+OPENED = [
+    "{{ messages[0].content }}<think>\n",
+    "{{ messages[0].content }}[assistant]{{ messages[-1].content }}",
+]
+
+
+@pytest.mark.parametrize("template", OPENED, ids=["by the template", "by the assistant"])
+def test_a_response_that_never_closes_its_scratch_pad_has_no_answer(tmp_path, template):
+    """What a response says inside a scratch pad that the prompt opened is no answer.
+
+    (Bug: a marker in the thoughts of a model that ran out of tokens, paid as its
+    answer.)
+    """
+    tokenizer = load_tokenizer(make_folder(tmp_path, template_file=template), instruction="")
+    question = "Q?"
+    if "assistant" in template:
+        question = [
+            {"role": "user", "content": "Q?"},
+            {"role": "assistant", "content": "<think>Well,"},
+        ]
+    problem = Problem(question, "4", "Two and two.\n#### 4")
+    prepare([problem], tokenizer, Limits(50, 100))
+    assert problem.gold_ids is not None
+    rows = ["#### 4", "#### 4</think>", "#### 5</think>#### 4", "#### 4</think>#### 5"]
+    group = make_group(tokenizer, rows)
+    graded = grade_group(group, problem, tokenizer)
+    assert graded.rewards.tolist() == [0.0, 0.0, 1.0, 0.0]
+
+
+def test_prompts_too_long_are_left_out(tmp_path):
+    """A prompt too long is left out and noted, and the others stay in order.
+
+    (Bug: one long prompt of 100,000 that refuses the run.)
+    """
+    tokenizer = load_tokenizer(make_folder(tmp_path), instruction="")
+    problems = [Problem("12345678", "4", source=f"a.jsonl, line {i}") for i in range(1, 4)]
+    problems[1].question = "123456789"
+    notes = Notes()
+    kept = prepare(problems, tokenizer, Limits(20, 30), notes=notes)
+    assert kept == [problems[0], problems[2]]
+    [line] = notes.lines["too_long"]
+    assert line.startswith("a.jsonl, line 2: the prompt has 11 tokens")
+    strict = Notes(strict=True)
+    refusal(
+        lambda: prepare(problems, tokenizer, Limits(20, 30), notes=strict),
+        "a.jsonl, line 2",
+        "--strict",
+    )
+
+
+def test_prompts_are_rendered_in_parts(tmp_path, monkeypatch):
+    """Parts of three prompts give what one part gives. (Bug: 1.8 million prompts in one child.)"""
+    folder = make_folder(tmp_path, template_file="<{{ messages[0].content }}>")
+    tokenizer = load_tokenizer(folder, instruction="")
+    problems = [Problem(f"Question {i}", "4") for i in range(8)]
+    monkeypatch.setattr(data, "PART", 3)
+    assert prepare(problems, tokenizer, Limits(20, 100)) == problems
+    texts = [tokenizer.decode(p.prompt) for p in problems]
+    assert texts == [f"<Question {i}>" for i in range(8)]
+
+
+DOUBTFUL = {
+    "lines": ("x=1\ny=2", "several lines"),
+    "proof": ("Proof.", "Proof"),
+    "none": ("None", "None"),
+    "not found": ("notfound", "notfound"),
+    "prose": ("Each crate holds 6 jars, so there are 42.", "7 words"),
+}
+
+
+@pytest.mark.parametrize("answer, says", by_name(DOUBTFUL))
+def test_answers_that_nothing_matches_are_noted(tmp_path, answer, says):
+    """A reference that hardly any response can match trains, and is noted and counted.
+
+    (Bug: prose as a reference, against which every response is wrong for ever.)
+    """
+    tokenizer = load_tokenizer(make_folder(tmp_path), instruction="")
+    problem = Problem("Q?", answer, source="a.jsonl, line 1")
+    notes = Notes()
+    assert prepare([problem], tokenizer, Limits(20, 100), notes=notes) == [problem]
+    [line] = notes.lines["doubtful"]
+    assert says in line
+    # another reward may have its own use for prose
+    notes = Notes()
+    prepare([problem], tokenizer, Limits(20, 100), Reward(lambda r, a: 1.0), notes)
+    assert not notes.counts
 
 
 def test_prepare_refuses_a_prompt_without_room(tmp_path):
@@ -994,11 +1322,11 @@ def test_prepare_refuses_a_prompt_without_room(tmp_path):
     """
     tokenizer = load_tokenizer(make_folder(tmp_path), instruction="")
     problem = Problem("12345678", "4", source="a.jsonl, line 7")
-    assert prepare([problem], tokenizer, 20, 30) == []
+    assert prepare([problem], tokenizer, Limits(20, 30)) == [problem]
     # <s>, eight bytes and a newline
     assert len(problem.prompt) == 10
     refusal(
-        lambda: prepare([problem], tokenizer, 21, 30),
+        lambda: prepare([problem], tokenizer, Limits(21, 30)),
         "a.jsonl, line 7",
         "10 tokens",
         "--max-new-tokens",
@@ -1006,7 +1334,7 @@ def test_prepare_refuses_a_prompt_without_room(tmp_path):
     folder = make_folder(tmp_path, template_file="{{ '' }}")
     empty = load_tokenizer(folder)
     refusal(
-        lambda: prepare([problem], empty, 20, 30),
+        lambda: prepare([problem], empty, Limits(20, 30)),
         "a.jsonl, line 7",
     )
 
@@ -1021,20 +1349,14 @@ def test_prepare_with_another_reward(tmp_path):
 
     tokenizer = load_tokenizer(make_folder(tmp_path), instruction="")
     problem = Problem("Q?", "4", "four")
-    complaints = prepare(
-        [problem],
-        tokenizer,
-        20,
-        100,
-        reward=Reward(half, 0.5),
-    )
-    assert complaints == []
+    prepare([problem], tokenizer, Limits(20, 100), Reward(half, 0.5))
     assert problem.gold_ids is not None
     assert problem.gold_reward == 0.5
 
     problem = Problem("Q?", "4", "#### 4")
-    complaints = prepare([problem], tokenizer, 20, 100, reward=Reward(half))
-    assert len(complaints) == 1
+    notes = Notes()
+    prepare([problem], tokenizer, Limits(20, 100), Reward(half), notes)
+    assert notes.counts == {"gold_not_used": 1}
     assert problem.gold_ids is None
 
 

@@ -13,7 +13,7 @@ import tokenizers
 import torch
 
 import evaluate as evaluate_module
-from data import Problem, load_tokenizer, prepare, read_problems
+from data import Limits, Problem, load_tokenizer, prepare, read_problems
 from evaluate import evaluate, pass_at_k
 from gcpo import Group
 from grader import Reward, grade
@@ -67,6 +67,7 @@ def evaluate_by_hand(monkeypatch, reward=Reward()):
     texts = [text for _, responses in HAND_MADE for text in responses]
     tokenizer = SimpleNamespace(
         stop_ids=[0],
+        answer_format="hash",
         decode=lambda ids: texts[ids[0]] if len(ids) else "",
     )
     groups = [hand_made_group(i) for i in range(len(HAND_MADE))]
@@ -99,7 +100,7 @@ def test_metrics_worked_out_by_hand(monkeypatch):
     assert found == [responses for _, responses in HAND_MADE]
     assert completions[1][3] == {
         "response": "the answer is 0.50",
-        "answer": "1/2",
+        "answer": "0.50",
         "correct": True,
         "reward": 1.0,
         "finished": True,
@@ -136,7 +137,8 @@ def test_evaluation_of_one_problem_and_of_one_sample(tmp_path):
     number of samples, and for that number. (Bug: a crash, or an error of 0 where a spread cannot be
     known.)"""
     model = tiny_model(tmp_path, LLAMA)
-    tokenizer = SimpleNamespace(stop_ids=STOPS, decode=lambda ids: "#### 4")
+    tokenizer = SimpleNamespace(
+        stop_ids=STOPS, answer_format="hash", decode=lambda ids: "#### 4")
     problem = Problem("?", "4", prompt=torch.tensor([1, 2]))
     metrics, [[record]] = evaluate(model, [problem], tokenizer, 1, 4, temperature=0.0)
     assert metrics["mean"] == metrics["pass@1"] == 1
@@ -251,7 +253,7 @@ def evaluate_here(folder):
     problems = read_problems(str(folder / "data.jsonl"))
     tokenizer = load_tokenizer(str(folder / "model"))
     model = load_model(str(folder / "model"))
-    prepare(problems, tokenizer, 12, 256)
+    problems = prepare(problems, tokenizer, Limits(12, 256))
     return evaluate(model, problems, tokenizer, 4, 12, temperature=1.0, seed=5)
 
 
@@ -291,7 +293,8 @@ def test_the_program_samples_grades_and_keeps_gold(folder):
     assert [(p.question, p.answer) for p in kept] == solved
     assert len(solved) >= 2
     assert all(grade(p.gold, p.answer) == 1 for p in kept)
-    assert prepare(kept, load_tokenizer(str(folder / "model")), 12, 256) == []
+    tokenizer = load_tokenizer(str(folder / "model"))
+    assert prepare(kept, tokenizer, Limits(12, 256)) == kept
     assert all(p.gold_ids is not None for p in kept)
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import show
 import train
-from data import Problem, load_tokenizer, prepare, read_problems
+from data import Limits, Notes, Problem, load_tokenizer, prepare, read_problems
 from gcpo import ALGORITHMS, Group, gold_group, group_advantages
 from grader import grade
 from logprobs import token_logprobs
@@ -88,7 +88,10 @@ def test_toy_problems_are_right_and_held_out_ones_are_new(toy):
     held_out = read_problems(toy["eval_data"])
     assert len(problems) == 4_000
     assert len(held_out) >= 200
-    assert prepare(problems, load_tokenizer(toy["model"], instruction=""), 24, 128) == []
+    notes = Notes()
+    tokenizer = load_tokenizer(toy["model"], instruction="")
+    assert prepare(problems, tokenizer, Limits(24, 128), notes=notes) == problems
+    assert not notes.counts
     assert all(grade(p.gold, p.answer) for p in problems + held_out)
 
     def lock(p):
@@ -133,27 +136,27 @@ def test_grpo_takes_no_step_where_gcpo_does(toy, tmp_path):
 
 
 def test_toy_learns(tmp_path):
-    """Sixty steps of the toy raise the log-probability of held-out gold and solve some held-out
+    """Eighty steps of the toy raise the log-probability of held-out gold and solve some held-out
     problems, more than the 1 in 100 of a guess that has the form and the first digit right. (Bug: a
     loop that does not learn, though each of its parts is right.)
 
     Measured for the seeds 0 to 4, before and after:
 
-        eval/gold_logprob    −3.82 −3.84 −3.77 −3.77 −3.76    −0.51 −0.45 −0.44 −0.52 −0.56
-        eval/no_answer       1 each                           0.000, and 0.004 for seed 2
-        eval/mean            0 each                           5.7, 14.8, 9.2, 14.8, 4.8 %
+        eval/gold_logprob    −3.82 −3.84 −3.77 −3.77 −3.76    −0.30 −0.22 −0.18 −0.41 −0.31
+        eval/no_answer       1 each                           0 each
+        eval/mean            0 each                           19, 48, 44, 24, 10 %
 
-    in 23 to 29 seconds of one core. (The whole 240 steps end at 100 %; 80 at 21, 60 and 23 %.)"""
+    (After 60 steps eval/mean is 2 to 15 %, and another on another kind of CPU.)"""
     out = train_with(
         "--out", tmp_path / "run",
-        "--steps", "60",
+        "--steps", "80",
         "--seed", "0",
         "--threads", "1",
         "--eval-every", "0",
         "--save-every", "0")
     before, *_, after = metrics_of(out)
     assert before["eval/mean"] == 0
-    assert after["eval/mean"] >= 0.02
+    assert after["eval/mean"] >= 0.05
     assert after["eval/no_answer"] <= 0.1
     assert after["eval/gold_logprob"] > before["eval/gold_logprob"] + 2.5
 
@@ -658,13 +661,13 @@ def test_bf16_policy_leaves_its_gradients_on_the_fp32_weights(toy):
 def test_rollout_metrics_of_hand_made_groups():
     """Rollout metrics are of the rollouts as sampled: gold does not count as a success of the
     policy. (Bug: metrics averaged over the wrong thing.)"""
-    def group(correct, gold=False):
+    def group(correct, gold=False, finished=True):
         correct = torch.tensor(correct)
         return Group(
             prompt=torch.tensor([1]),
             responses=torch.zeros(2, 4, dtype=torch.long),
             lengths=torch.tensor([2, 4]),
-            finished=torch.tensor([True, False]),
+            finished=torch.tensor([finished, False]),
             logprobs=torch.zeros(2, 4),
             correct=correct,
             rewards=correct.float(),
@@ -674,7 +677,7 @@ def test_rollout_metrics_of_hand_made_groups():
         group([False, False]),
         group([True, False]),
         group([True, True]),
-        group([False, False])]
+        group([False, False], finished=False)]
     with_gold = [group([True, False], gold=True), *rollouts[1:]]
     items = [Item(0, None, g, torch.zeros(2)) for g in with_gold]
     assert rollout_metrics(rollout_numbers(rollouts, items)) == {
@@ -685,8 +688,9 @@ def test_rollout_metrics_of_hand_made_groups():
         "groups/all_wrong": 0.5,
         "groups/mixed": 0.25,
         "groups/all_right": 0.25,
+        "groups/cut_off": 0.25,
         "length/mean": 3.0,
-        "length/truncated": 0.5}
+        "length/truncated": 0.625}
 
 
 def test_update_metrics_of_hand_made_sums():

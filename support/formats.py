@@ -1,0 +1,219 @@
+"""Records of the usual data sets, each with names of its own, as question, answer and solution.
+
+    read_fields(record) -> Fields        raises Unusable, which says what is wrong with the record
+"""
+from __future__ import annotations
+
+import math
+import re
+import string
+from decimal import Decimal
+from typing import NamedTuple
+
+from grader import extract_answer, last_boxed
+
+
+# In any case (question, Question); the first that is not null counts. In brackets: who has it.
+QUESTION = ("prompt", "problem", "question", "query", "input")      # DAPO, MATH, GSM8K, MetaMath
+ANSWER = ("answer", "final_answer", "ground_truth", "expected_answer", "target")     # … and MAWPS
+SOLUTION = ("solution", "rationale", "generated_solution")
+CHOICES = ("choices", "options")                                    # MMLU, AQuA
+LETTER = ("answer", "answerkey", "correct", "target")               # of the right choice
+
+
+class Unusable(Exception):
+    """Why a record cannot be used."""
+
+
+class Fields(NamedTuple):
+    """What a record says, in whatever form."""
+    question: str | list       # text, or chat messages
+    answer: str
+    solution: str | None       # the way to the answer; it becomes gold
+
+
+def read_fields(record) -> Fields:
+    if not isinstance(record, dict):
+        raise Unusable(f"the record is {what_it_is(record)}, not a JSON object")
+    fields = {str(name).lower(): value for name, value in record.items() if value is not None}
+    question = read_question(fields, record)
+    solution = read_solution(fields)
+    if any(fields.get(name) for name in CHOICES):
+        lines, answer = read_choices(fields)
+        if not isinstance(question, str):
+            raise Unusable("it has choices beside chat messages; write them into the message")
+        return Fields(question + "\n" + "\n".join(lines), answer, solution)
+    answer, solution = read_answer(fields, record, solution)
+    if "body" in fields:
+        answer = re.sub(r"^([^();]+?)\s*\([^()]*\)$", r"\1", answer)    # ASDiv: 9 (apples)
+    return Fields(question, answer, solution)
+
+
+# ---- Question ------------------------------------------------------------------------------------
+
+def read_question(fields: dict, record: dict) -> str | list:
+    name = next((name for name in QUESTION if name in fields), None)
+    if name is None:
+        raise Unusable(f"fields {', '.join(map(str, record)) or 'none'} are of no known format: no "
+                       f"question (looked for: {', '.join(QUESTION)})")
+    question = fields[name]
+    if isinstance(question, list):
+        return read_chat(question, name)
+    text = as_text(question)
+    if text is None:
+        raise Unusable(f"its {name} is {what_it_is(question)}")
+    body = as_text(fields.get("body"))
+    return f"{body} {text}" if body else text
+
+
+def read_chat(messages: list, name: str) -> list:
+    """A list of messages, each with a role and a content; one of them must be the user's."""
+    for message in messages:
+        good = isinstance(message, dict) and all(
+            isinstance(message.get(key), str) for key in ("role", "content"))
+        if not good:
+            raise Unusable(f"its {name} is a list, and not of messages with role and content as "
+                           "text")
+    if not any(message["role"] == "user" for message in messages):
+        raise Unusable(f"its {name} has no message of the user's")
+    return messages
+
+
+# ---- Answer and solution -------------------------------------------------------------------------
+
+def read_solution(fields: dict) -> str | None:
+    """The way to the answer, if the record has one."""
+    for name in SOLUTION:
+        if isinstance(fields.get(name), str) and fields[name].strip():
+            return fields[name]
+    if "query" in fields and isinstance(fields.get("response"), str):    # MetaMath
+        return fields["response"]
+    extra = fields.get("extra_info")    # verl's GSM8K
+    if isinstance(extra, dict) and "####" in str(extra.get("answer")):
+        return split_gsm8k(extra["answer"])[0]
+    return None
+
+
+def read_answer(fields: dict, record: dict, solution: str | None) -> tuple[str, str | None]:
+    """The answer, and the solution where the answer stands in it."""
+    model = fields.get("reward_model")    # verl, DAPO
+    if isinstance(model, dict) and model.get("ground_truth") is not None:
+        return text_of(model["ground_truth"], "reward_model.ground_truth"), solution
+    name = next((name for name in ANSWER if name in fields), None)
+    if name is not None:
+        answer = text_of(fields[name], name)
+        if "####" not in answer:
+            return answer, solution
+        way, answer = split_gsm8k(answer)
+        return text_of(answer, f"answer after #### in {name}"), way or solution
+    if solution is None:
+        null = [key for key, value in record.items()
+                if value is None and str(key).lower() in ANSWER + SOLUTION]
+        if null:
+            raise Unusable(f"its {null[0]} is null")
+        raise Unusable(f"fields {', '.join(map(str, record))} are of no known format: no answer "
+                       f"(looked for: {', '.join(ANSWER)}; and in {', '.join(SOLUTION)})")
+    return answer_in(solution, "prompt" in fields)
+
+
+def answer_in(solution: str, may_be_bare: bool) -> tuple[str, str | None]:
+    """The answer that a solution ends with. TRL's sets have prompt and solution, and there the
+    solution may be the answer itself."""
+    if "####" in solution:
+        way, answer = split_gsm8k(solution)
+        return text_of(answer, "answer after #### in its solution"), way
+    boxed = last_boxed(solution)
+    if boxed is not None:
+        return text_of(boxed, "box in its solution"), solution
+    named = extract_answer(solution)
+    if named is not None:
+        return named, solution
+    if may_be_bare and "\n" not in solution.strip() and len(solution.split()) < 6:
+        return solution.strip(), None
+    raise Unusable("no answer in its solution (looked for: ####, \\boxed{}, \"answer is\")")
+
+
+def split_gsm8k(text: str) -> tuple[str, str]:
+    """The way and the answer after its last ####."""
+    way, _, answer = text.rpartition("####")
+    return way.strip(), answer.strip()
+
+
+def text_of(value, name: str) -> str:
+    """An answer as text, outside a box. A list of one is that one."""
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    text = as_text(value)
+    if text is None:
+        raise Unusable(f"its {name} is {what_it_is(value)}")
+    boxed = last_boxed(text) if "\\boxed" in text else None
+    return text if boxed is None else boxed.strip()
+
+
+def as_text(value) -> str | None:
+    """A field's text, or None: 43.0 is written 43, and 1e-05 is written 0.00001."""
+    if isinstance(value, str):
+        return value.strip() or None
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, float) and not value.is_integer():
+        return format(Decimal(repr(value)), "f")
+    return str(int(value))
+
+
+def what_it_is(value) -> str:
+    """A value that is no text, in words."""
+    if isinstance(value, list):
+        return f"a list of {len(value)}"
+    if isinstance(value, str):
+        return "text" if value.strip() else "empty"
+    words = {type(None): "null", bool: "true or false", dict: "an object", int: "a number"}
+    return words.get(type(value), "not a finite number")
+
+
+# ---- Choices -------------------------------------------------------------------------------------
+
+def read_choices(fields: dict) -> tuple[list[str], str]:
+    """The choices as lines "(A) …", and the letter of the right one."""
+    name = next(name for name in CHOICES if fields.get(name))
+    choices = texts_of_choices(fields[name])
+    if choices is None or not 2 <= len(choices) <= 26:
+        raise Unusable(f"its {name} are of no known form (a list of texts, or letters with texts)")
+    letters = string.ascii_uppercase[:len(choices)]
+    lines = [f"({letter}) {text}" for letter, text in zip(letters, choices)]
+    given = next((fields[key] for key in LETTER if key in fields), None)
+    if isinstance(given, bool) or not isinstance(given, (int, str)):
+        raise Unusable(f"it has {name}, and no right one among {', '.join(LETTER)}")
+    right = set()
+    if isinstance(given, int) and 0 <= given < len(choices):
+        right.add(letters[given])    # counted from 0
+    letter = re.fullmatch(r"\(?([A-Za-z])\)?[.:]?", str(given).strip())
+    if letter and letter[1].upper() in letters:
+        right.add(letter[1].upper())
+    elif str(given).strip() in choices:
+        right.add(letters[choices.index(str(given).strip())])
+    if len(right) != 1:
+        found = "none" if not right else "more than one"
+        raise Unusable(f"its answer {given!r} names {found} of its {name}")
+    return lines, right.pop()
+
+
+def texts_of_choices(choices) -> list[str] | None:
+    """The texts, without letters of their own: from a list, {"A": text}, or {"text": […]}."""
+    if isinstance(choices, dict) and isinstance(choices.get("text"), list):
+        choices = choices["text"]
+    elif isinstance(choices, dict):
+        if list(choices) != list(string.ascii_uppercase[:len(choices)]):
+            return None
+        choices = list(choices.values())
+    if not isinstance(choices, list):
+        return None
+    texts = [as_text(choice) for choice in choices]
+    if None in texts:
+        return None
+    if all(re.match(rf"\(?{letter}[).:]", text) for letter, text in
+           zip(string.ascii_uppercase, texts)):
+        texts = [re.sub(r"^\(?[A-Z][).:]\s*", "", text) for text in texts]
+    return texts
