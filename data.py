@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from gcpo import Group
-from grader import GRADERS, Reward, doubt, grade, last_boxed, undressed
+from grader import GRADERS, Reward, doubt, grade, is_empty, last_boxed
 from support.chat import find_template, read_template_args, render, turn_end
 from support.common import InputError, one_line, read_records
 from support.folders import end_tokens, read_backend, read_optional, special_tokens
@@ -114,7 +114,7 @@ def parse_record(record, answer_format: str, answer_only_gold: bool, source: str
     """A Problem from one record. Gold is the record's own `gold`; or its solution with the answer
     on a last line (unless that is a box, and is in the solution already). Raises Unusable."""
     question, answer, solution = read_fields(record)
-    if not undressed(answer):
+    if is_empty(answer):
         raise Unusable("its answer is empty")
     final = FINAL_LINES[answer_format].format(answer)
     if record.get("gold") is not None:

@@ -42,19 +42,18 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
 from support.answers import (
-    ARITHMETIC, DIGITS, List, Number, as_text, equal_values, is_name, is_talk, is_unit, last_boxed,
-    leaves_it, letter_of_choice, read_list, read_number, split_name, undressed, unit)
-
-
-LONGEST_ANSWER = 300  # characters of a response's answer; a longer reference allows for more
+    List, Number, Token, equal_values, is_talk, last_boxed, leaves_it, letter_of_choice,
+    names_number, read_list, read_number, read_tokens, read_unit, spelled, split_name)
 
 
 def grade(response: str, reference: str, answer_format: str = "hash") -> float:
     """1.0 if the response's answer is the reference, else 0.0."""
-    answer = extract_answer(response, answer_format, max(LONGEST_ANSWER, 2 * len(reference)))
-    return float(answer is not None and same(answer, reference))
+    found = find_answer(response, answer_format)
+    return float(found is not None and same(found.text, reference, found.in_box))
 
 
 def grade_boxed(response: str, reference: str) -> float:
@@ -63,6 +62,7 @@ def grade_boxed(response: str, reference: str) -> float:
 
 
 GRADERS = {"hash": grade, "boxed": grade_boxed}
+LONGEST_ANSWER = 10_000    # characters; what is longer names nothing
 
 
 @dataclass(frozen=True)
@@ -77,64 +77,104 @@ class Reward:
 
 # ---- Finding the answer in a response ------------------------------------------------------------
 
-SCRATCH_PAD = re.compile(r"<(/?)(?:think|thinking|thought|reasoning)>", re.IGNORECASE)
+SCRATCH_PAD = re.compile(
+    r"<(/?)\s*(?:think(?:ing)?|thoughts?|reason(?:ing)?|scratch_?pad)\b[^<>]{0,40}>"
+    r"|<\|(?:begin|(end))_of_thought\|>|\[(/?)THINK\]|◁(/?)think▷", re.IGNORECASE)
+TAG = re.compile(r"<(/?)answer>", re.IGNORECASE)
 PHRASE = re.compile(r"answer(?:\s*\*\*)?\s*(?:is\b|:)", re.IGNORECASE)
 ANSWER_HEADING = re.compile(r"[\s*:]*(?:the )?(?:final )?answer[\s*:]*", re.IGNORECASE)
 WORDS_HEADING = re.compile(
     r"[\s*_]*(?:(?:step|part|case)\b.*|(?:\d+[.):]\s*)?[^\W\d_]{2}[^=]*)", re.IGNORECASE)
+AFTERWORD = re.compile(
+    r"[\s*]*(?:explanation|verification|check|notes?|reasoning|summary|solution)[\s*:]*", re.IGNORECASE)
+FILLER = re.compile(r"(?:\s*(?:approximately|about|roughly|exactly|simply|just|therefore|thus|hence"
+                    r"|indeed|equal to|given by|total|option|choice)\b:?)+", re.IGNORECASE)
+CALCULATOR = re.compile(r"<<[^<>]*>>")    # GSM8K's notes: 9*2=<<9*2=18>>18
 
 
-def extract_answer(
-    response: str, answer_format: str = "hash", longest: int = LONGEST_ANSWER,
-) -> str | None:
-    """The answer that a response names, without its dress, or None. A number somewhere in the text
-    is no answer."""
-    text = final_part(response)
+class Answer(NamedTuple):
+    text: str
+    in_box: bool    # where a letter is a variable, and no unit
+
+
+def extract_answer(response: str, answer_format: str = "hash") -> str | None:
+    """The answer that a response names, as it is written there, or None. A number somewhere in the
+    text is no answer."""
+    found = find_answer(response, answer_format)
+    return found and found.text
+
+
+def find_answer(response: str, answer_format: str = "hash") -> Answer | None:
+    text = after_scratch_pad(response)
+    inside = in_tags(text)
+    if inside is not None:
+        return find_in(inside, answer_format) or answer_of(inside, False)
+    return find_in(text, answer_format)
+
+
+def find_in(text: str, answer_format: str) -> Answer | None:
     boxed = last_boxed(text)
     if boxed is None or answer_format != "boxed":
         line = hash_line(text)
         if line is None and boxed is None:
             line = after_phrase(text)
         if line is not None:
-            # "18!" in a line of prose is no factorial: the blank tells them apart.
-            boxed = re.sub(r"!+(?=[\s.*]*$)", " !", line)
-    if boxed is None:
+            inner = last_boxed(line)
+            return answer_of(line, False) if inner is None else answer_of(inner, True)
+    return answer_of(boxed, True)
+
+
+def answer_of(text: str | None, in_box: bool) -> Answer | None:
+    """None for a text that says nothing."""
+    if text is None or is_empty(text) or len(text) > LONGEST_ANSWER:
         return None
-    if len(boxed) > longest:    # cut between words: half a number is another number
-        boxed = boxed[:longest].rpartition(" ")[0]
-    return undressed(boxed) or None
+    text = CALCULATOR.sub("", text)
+    if not read_tokens(text):
+        return None
+    plain = " ".join(text.split()).strip("*` ").rstrip(". ")
+    return Answer(plain or text, in_box)
 
 
-def final_part(response: str) -> str:
-    """What follows the scratch pad; inside <answer>…</answer>, if the response has that."""
+def is_empty(text: str) -> bool:
+    """Whether nothing but punctuation and dress stands in it."""
+    return not re.search(r"""[^\s\\$%*:".,;=#`~(){}[\]]""", text)
+
+
+def after_scratch_pad(response: str) -> str:
     pads = list(SCRATCH_PAD.finditer(response))
-    if pads and not pads[-1][1]:
-        return ""
-    text = response[pads[-1].end():] if pads else response
-    end = text.rfind("</answer>")
-    start = text.rfind("<answer>", 0, max(end, 0))
-    if start < 0:
-        return text
-    inside = text[start + len("<answer>"):end]
-    return inside if extract_answer(inside) else f"\\boxed{{{inside}}}"
+    if not pads:
+        return response
+    closes = any(pads[-1].groups())
+    return response[pads[-1].end():] if closes else ""
+
+
+def in_tags(text: str) -> str | None:
+    """What stands in the last <answer>…</answer>."""
+    tags = list(TAG.finditer(text))
+    for tag, after in zip(reversed(tags[:-1]), reversed(tags[1:])):
+        if not tag[1] and after[1]:
+            return text[tag.end():after.start()]
+    return None
 
 
 def hash_line(text: str) -> str | None:
     """What the last #### says, unless it is the heading of what follows."""
-    rest = ""
-    for part in reversed(re.split(r"#{4,}", text)[1:]):
-        line, _, below = part.partition("\n")
-        rest = below + rest
+    end = len(text)
+    for marker in reversed(list(re.finditer("#{4,}", text))):
+        line, _, below = text[marker.end():end].partition("\n")
+        end = marker.start()
         if PHRASE.search(line):
             return first_line(PHRASE.split(line)[-1] + "\n" + below)
         if ANSWER_HEADING.fullmatch(line):
             return first_line(below)
-        if not undressed(line):
+        if is_empty(line):
             continue
+        rest = text[marker.end() + len(line):]
         is_words = WORDS_HEADING.fullmatch(line)
         if is_words and (last_boxed(rest) is not None or PHRASE.search(rest)):
             return None
-        return line
+        if not AFTERWORD.fullmatch(line):
+            return first_line(line)
     return None
 
 
@@ -145,103 +185,166 @@ def after_phrase(text: str) -> str | None:
 
 
 def first_line(text: str) -> str | None:
-    lines = (line.lstrip(" \t:*") for line in text.split("\n", 20)[:20])
-    return next((line for line in lines if undressed(line)), None)
+    """The first line that says something. Of a list's only line the bullet goes."""
+    first, *others = text.split("\n", 20)[:20]
+    lines = [FILLER.sub("", first, count=1) if FILLER.match(first) else first]
+    lines += [re.sub(r"^\s*[-*•]\s+", "", line) for line in others]
+    lines = (line.lstrip(" \t:*") for line in lines)
+    return next((line for line in lines if not is_empty(line)), None)
 
 
 def last_number(text: str) -> str | None:
     """The last number anywhere. For evaluation only: a policy rewarded for it would learn to
     scatter numbers."""
-    numbers = re.findall(rf"(?<![\d.])-?{DIGITS}", text)
-    number = read_number(numbers[-1]) if numbers else None
+    numbers = re.findall(r"(?<![\d.])-?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?", text, re.ASCII)
+    number = read_number(read_tokens(numbers[-1])) if numbers else None
     return str(number.value) if number else None
 
 
 # ---- Whether two answers are the same ------------------------------------------------------------
 
-def same(answer: str, reference: str) -> bool:
+DEEPEST = 5          # lists in lists
+MATHEMATICS = re.compile(r"\\(?![$%])|[\^_=$]")
+
+
+def same(answer: str, reference: str, in_box: bool = False) -> bool:
     """Whether an answer is the reference. Not symmetric: the reference decides what may be left
     out."""
-    return equal(undressed(answer), undressed(reference))
+    named = PHRASE.split(reference)[-1]
+    reference = reference if is_empty(named) else named
+    in_math = MATHEMATICS.search(reference) is not None
+    return equal(read_tokens(answer, in_box), read_tokens(reference, in_math))
 
 
-def equal(answer: str, reference: str) -> bool:
-    if as_text(answer) == as_text(reference):
-        return as_text(reference) != ""
+def equal(answer: list[Token], reference: list[Token], depth: int = 0) -> bool:
+    if spelled(answer) == spelled(reference):
+        return bool(reference)
+    whole = answer
     answer_name, answer = split_name(answer)
     name, reference = split_name(reference)
-    if answer_name and name and as_text(answer_name) != as_text(name):
+    if answer_name and name and answer_name != name:
         return False
     number = read_number(reference)
-    if number and (not number.rest or is_unit(number)):
-        return is_number(answer, number)
-    if re.fullmatch(r"[A-Z]", reference):
-        return letter_of_choice(answer) == reference
+    if number and is_talk(number.rest):
+        is_it = partial(is_same_number, reference=number)
+        return is_number(answer, number) or "=" in texts(whole) and names_number(whole, is_it, name)
+    letter = letter_of_choice(reference)
+    if letter:
+        return letter_of_choice(answer) == letter
     listed = read_list(reference)
     if listed.opening or len(listed.items) > 1:
-        return equal_lists(read_list(answer), listed)
-    if as_text(answer) == as_text(reference):
+        return depth < DEEPEST and equal_lists(read_list(answer), listed, depth + 1)
+    if spelled(answer) == spelled(reference):
         return True
-    in_units = re.search(r"(?<=[\d}])\s+([A-Za-z].*)$", reference)    # 2\sqrt{3} cm
-    if in_units and is_talk(in_units[1]):
-        return equal(answer, reference[:in_units.start()])
-    return False
+    return equal_but_for_units(answer, reference, depth)
 
 
-def is_number(answer: str, reference: Number) -> bool:
-    """Whether an answer is this number, perhaps with a unit."""
-    number = read_number(answer)
-    if number and equal_values(number, reference):
-        if not reference.rest and leaves_it(number):
-            return True
-        if reference.rest and (not number.rest or unit(number) == unit(reference)):
-            return True
-    return "=" in answer and all_sides_are(answer, reference)
+def texts(tokens: list[Token]) -> set[str]:
+    return {token.text for token in tokens}
 
 
-def all_sides_are(equation: str, reference: Number) -> bool:
-    """Whether an equation in numbers names this one: 9 + 9 = 18, 18 = 9 + 9, x = 9 + 9 = 18. One
-    side or more is the number, and the others are sums or a name."""
-    named = False
-    for side in equation.split("="):
-        side = side.strip()
-        number = read_number(side)
-        if number and (not number.rest or is_unit(number)):
-            named = True
-            if not equal_values(number, reference):
-                return False
-        elif not is_name(side) and not ARITHMETIC.fullmatch(side):
+# ---- Numbers -------------------------------------------------------------------------------------
+
+def is_number(answer: list[Token], reference: Number) -> bool:
+    """Whether an answer is this number, perhaps with a unit, talk or a sum."""
+    readings = [read_number(answer)]
+    if any(token.text == "!" and token.style != "math" for token in answer):
+        # "18!" in prose may be a factorial, and it may be joy.
+        readings.append(read_number([t._replace(text=".") if t.text == "!" else t for t in answer]))
+    return any(
+        number is not None and leaves_it(number) and is_same_number(number, reference)
+        for number in readings)
+
+
+def is_same_number(number: Number, reference: Number) -> bool:
+    """Whether value and unit are the reference's. Its unit may be left out."""
+    if not equal_values(number, reference):
+        return False
+    unit = number.currency or read_unit(number.rest)[0]
+    if reference.currency and not reference.rest:
+        return unit in ("", reference.currency)
+    if not reference.rest:
+        return True
+    reference_unit, reference_length = read_unit(reference.rest)
+    if not number.rest:
+        return number.currency in ("", reference.currency or reference_unit)
+    if reference_length == len(reference.rest):
+        return unit == reference_unit
+    return spelled(number.rest) == spelled(reference.rest)
+
+
+def equal_but_for_units(answer: list[Token], reference: list[Token], depth: int) -> bool:
+    r"""6\pi and 6\pi\text{ cm} are the same."""
+    answer, unit = without_unit(answer)
+    reference, reference_unit = without_unit(reference)
+    if not (unit or reference_unit) or unit and reference_unit and unit != reference_unit:
+        return False
+    return depth < DEEPEST and equal(answer, reference, depth + 1)
+
+
+def without_unit(tokens: list[Token]) -> tuple[list[Token], str]:
+    for at in range(max(1, len(tokens) - 8), len(tokens)):
+        unit, length = read_unit(tokens[at:])
+        if at + length == len(tokens) and tokens[at].style != "math":
+            return tokens[:at], unit
+    return tokens, ""
+
+
+# ---- Lists ---------------------------------------------------------------------------------------
+
+def equal_lists(answer: List, reference: List, depth: int) -> bool:
+    """Item by item. A set may be written without its braces, and a list as a set."""
+    sets = {answer.opening, reference.opening} <= {"", "{", r"\{"}
+    brackets = (answer.opening, answer.closing) == (reference.opening, reference.closing)
+    if len(answer.items) != len(reference.items) or not (brackets or sets):
+        return False
+    separators = answer.separators | reference.separators
+    if r"\cup" in separators and answer.separators != reference.separators:
+        return False
+    items = answer.items + reference.items
+    signs = {token.text for item in items for token in item}
+    if signs & {"<", ">", r"\leq", r"\geq", r"\neq"} and answer.separators != reference.separators:
+        return False
+    named = all(split_name(item)[0] for item in items)
+    unordered = named or separators & {"or", r"\cup"} or reference.opening in ("{", r"\{")
+    if not unordered:
+        return all(equal(*pair, depth) for pair in zip(answer.items, reference.items))
+    return equal_sets(answer.items, reference.items, depth)
+
+
+def equal_sets(answer: list[list[Token]], reference: list[list[Token]], depth: int) -> bool:
+    """Whether the items are the same in any order."""
+    left = {}    # the items of the answer by their spelling
+    for item in answer:
+        left.setdefault(spelled(item), []).append(item)
+    others = []
+    for item in reference:
+        if left.get(spelled(item)):
+            left[spelled(item)].pop()
+        else:
+            others.append(item)
+    remaining = [item for items in left.values() for item in items]
+    if len(others) > 20:    # this takes their square
+        return False
+    for item in others:
+        match = next((i for i, other in enumerate(remaining) if equal(other, item, depth)), None)
+        if match is None:
             return False
-    return named
+        del remaining[match]
+    return True
 
+
+# ---- References ----------------------------------------------------------------------------------
 
 def doubt(reference: str) -> str | None:
     """Why hardly any response can match a reference; None if nothing speaks against it."""
     if "\n" in reference.strip() and "\\begin" not in reference:
         return "its answer has several lines"
-    plain = undressed(reference)
-    if re.fullmatch(r"(?:see )?(?:proof|solution|none|null|nan|n/?a|not ?found|unknown)\b.*", plain,
+    plain = spelled(read_tokens(reference))
+    if re.fullmatch(r"(?:see)?(?:proof|solution|none|null|nan|n/?a|notfound|unknown)\b.*", plain,
                     re.IGNORECASE):
-        return f"its answer is {plain[:20]!r}"
-    prose = re.findall(r"(?<![\\\w])[^\W\d_]{2,}", plain)
-    if len(prose) > 5:
-        return f"its answer has {len(prose)} words"
+        return f"its answer is {reference.strip()[:20]!r}"
+    words = sum(token.kind == "word" and len(token.text) > 1 for token in read_tokens(reference))
+    if words > 5:
+        return f"its answer has {words} words"
     return None
-
-
-def equal_lists(answer: List, reference: List) -> bool:
-    """Item by item. A set may be written without its braces, and a list as a set."""
-    sets = {answer.opening, reference.opening} <= {"", r"\{"}
-    brackets = (answer.opening, answer.closing) == (reference.opening, reference.closing)
-    if len(answer.items) != len(reference.items) or not (brackets or sets):
-        return False
-    named = all("=" in item for item in answer.items + reference.items)
-    if reference.ordered and not named:
-        return all(map(equal, answer.items, reference.items))
-    left = list(answer.items)
-    for item in reference.items:
-        match = next((other for other in left if equal(other, item)), None)
-        if match is None:
-            return False
-        left.remove(match)
-    return True
