@@ -45,9 +45,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
-from support.answers import (
-    List, Number, Token, equal_values, is_talk, last_boxed, leaves_it, letter_of_choice,
-    names_number, read_list, read_number, read_tokens, read_unit, spelled, split_name)
+from support.numbers import (
+    Number, equal_values, leaves_it, names_number, read_number)
+from support.tokens import List, Token, last_boxed, read_list, read_tokens, spelled
+from support.words import is_talk, letter_of_choice, read_unit, split_name
 
 
 def grade(response: str, reference: str, answer_format: str = "hash") -> float:
@@ -86,7 +87,8 @@ ANSWER_HEADING = re.compile(r"[\s*:]*(?:the )?(?:final )?answer[\s*:]*", re.IGNO
 WORDS_HEADING = re.compile(
     r"[\s*_]*(?:(?:step|part|case)\b.*|(?:\d+[.):]\s*)?[^\W\d_]{2}[^=]*)", re.IGNORECASE)
 AFTERWORD = re.compile(
-    r"[\s*]*(?:explanation|verification|check|notes?|reasoning|summary|solution)[\s*:]*", re.IGNORECASE)
+    r"[\s*]*(?:explanation|verification|check|notes?|reasoning|summary|solution)[\s*:]*",
+    re.IGNORECASE)
 FILLER = re.compile(r"(?:\s*(?:approximately|about|roughly|exactly|simply|just|therefore|thus|hence"
                     r"|indeed|equal to|given by|total|option|choice)\b:?)+", re.IGNORECASE)
 CALCULATOR = re.compile(r"<<[^<>]*>>")    # GSM8K's notes: 9*2=<<9*2=18>>18
@@ -265,10 +267,10 @@ def is_same_number(number: Number, reference: Number) -> bool:
         return unit in ("", reference.currency)
     if not reference.rest:
         return True
-    reference_unit, reference_length = read_unit(reference.rest)
+    reference_unit, end = read_unit(reference.rest)
     if not number.rest:
         return number.currency in ("", reference.currency or reference_unit)
-    if reference_length == len(reference.rest):
+    if end == len(reference.rest):
         return unit == reference_unit
     return spelled(number.rest) == spelled(reference.rest)
 
@@ -284,8 +286,8 @@ def equal_but_for_units(answer: list[Token], reference: list[Token], depth: int)
 
 def without_unit(tokens: list[Token]) -> tuple[list[Token], str]:
     for at in range(max(1, len(tokens) - 8), len(tokens)):
-        unit, length = read_unit(tokens[at:])
-        if at + length == len(tokens) and tokens[at].style != "math":
+        unit, end = read_unit(tokens, at)
+        if unit and end == len(tokens) and tokens[at].style != "math":
             return tokens[:at], unit
     return tokens, ""
 

@@ -255,9 +255,9 @@ def warn_of_cut_off(run, metrics: dict) -> bool:
         return False
     if parallel.rank() == 0:
         tqdm.write(
-            f"warning: in {share:.0%} of step {metrics['step']}'s groups all rollouts are wrong and "
-            f"none came to its end within --max-new-tokens {run.config.max_new_tokens}; the limit "
-            "may be the problem, and gold cannot teach what it cuts off", file=sys.stderr)
+            f"warning: in {share:.0%} of step {metrics['step']}'s groups all rollouts are wrong "
+            f"and none came to its end within --max-new-tokens {run.config.max_new_tokens}; the "
+            "limit may be the problem, and gold cannot teach what it cuts off", file=sys.stderr)
     return True
 
 

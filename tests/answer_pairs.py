@@ -35,7 +35,7 @@ def fractions(r):
     if p < 10:
         same.append(rf"\frac{p}{q}")
     return same, [rf"\frac{{{q}}}{{{p}}}", rf"-\frac{{{p}}}{{{q}}}", f"{p}", f"{p}/{q + 1}",
-                  f"{p / q:.2f}", rf"\frac{{{p}}}{{{q}x}}"]
+                  f"{p / q:.2f}1", rf"\frac{{{p}}}{{{q}x}}"]
 
 
 def decimals(r):

@@ -560,6 +560,239 @@ def test_kinds(response, answer, expected):
     assert grade(response, answer) == expected
 
 
+# Inputs of sceptics who tried to be paid for a wrong answer, and right answers they missed.
+ATTACKS = [
+    # response, answer, grade
+    # --- wrong
+    (r"\boxed{100!}", "100", 0.0),
+    (r"\boxed{2023!}", "2023", 0.0),
+    (r"\boxed{5!!}", "5", 0.0),
+    (r"\boxed{-5!}", "-5", 0.0),
+    (r"\boxed{\frac52!}", "5/2", 0.0),
+    ("#### $100!$", "100", 0.0),
+    (r"\boxed{5, 3+4 = 7}", "7", 0.0),
+    ("#### (17,18,19) = 18", "18", 0.0),
+    (r"\boxed{(17) = 18}", "18", 0.0),
+    ("#### x =/= 18", "18", 0.0),
+    ("#### x = - = 18", "18", 0.0),
+    ("#### 18 (not 20 - 1 = 18)", "18", 0.0),
+    (r"\boxed{y = 3 + 4 = 7}", "x=7", 0.0),
+    (r"\boxed{a=b=1, a=b=2}", "a=1, b=2", 0.0),
+    (r"\boxed{18 \cdot h}", "18", 0.0),
+    (r"\boxed{2}", r"2 \cdot h", 0.0),
+    (r"\boxed{\frac12 h}", "1/2", 0.0),
+    (r"\boxed{1/2}", r"\frac12 h", 0.0),
+    (r"\boxed{4 s^2}", "4", 0.0),
+    (r"\boxed{4}", "4 s^2", 0.0),
+    (r"\boxed{\sqrt2 h}", r"\sqrt2", 0.0),
+    (r"\boxed{2mg}", "2", 0.0),
+    (r"\boxed{2 \mu g}", "2", 0.0),
+    ("#### 18/axy", "18", 0.0),
+    (r"\boxed{2 dozen\,e}", "24", 0.0),
+    ("#### 15 ms", "15 m", 0.0),
+    ("#### 15 MW", "15 mW", 0.0),
+    ("#### $50", "50 cents", 0.0),
+    ("#### 50 cents", "$50", 0.0),
+    ("#### 9+9=18 inches", "18 cm", 0.0),
+    (r"\boxed{3 + 12 = 15 \text{ inches}}", r"15\text{ cm}", 0.0),
+    ("#### 5 sixteenths", "5", 0.0),
+    ("#### 3 twentieths", "3", 0.0),
+    ("#### 3 millionths", "3", 0.0),
+    ("#### 2 quadrillion", "2", 0.0),
+    ("#### 2 mil", "2", 0.0),
+    ("#### 2 gross", "2", 0.0),
+    ("#### 2 score", "2", 0.0),
+    ("#### 3 fives", "3", 0.0),
+    ("#### 3 twenties", "3", 0.0),
+    ("#### 5 doubled", "5", 0.0),
+    ("#### 5 tripled", "5", 0.0),
+    ("#### 6 halved", "6", 0.0),
+    ("#### 5 all squared", "5", 0.0),
+    ("#### 101 in binary", "101", 0.0),
+    ("#### 18 ÷ 2", "18", 0.0),
+    ("#### 18 ± 2", "18", 0.0),
+    ("#### 18 ∓ a", "18", 0.0),
+    ("#### 18 ∗ a", "18", 0.0),
+    ("#### 18 ⋅ a", "18", 0.0),
+    ("#### 18 ⩽ x", "18", 0.0),
+    ("#### 18 is not it", "18", 0.0),
+    ("#### 18 is wrong", "18", 0.0),
+    ("#### 18 at least", "18", 0.0),
+    ("#### 18. No, -18.", "18", 0.0),
+    ("#### 18. Actually nineteen.", "18", 0.0),
+    ("#### 18. Or half of it.", "18", 0.0),
+    ("#### 18. Wait, negative.", "18", 0.0),
+    ("#### A=30", "a=30", 0.0),
+    (r"\boxed{2 X}", "2x", 0.0),
+    (r"\boxed{F(x)=3x}", "f(x)=3x", 0.0),
+    (r"\boxed{\sqrt2 doubled}", r"\sqrt2", 0.0),
+    (r"\boxed{x^2 is even}", "x^2", 0.0),
+    ("#### Type 2 error", "Type", 0.0),
+    (r"\boxed{5,\,125}", "5125", 0.0),
+    ("#### 1,200", "1, 200", 0.0),
+    (r"\boxed{2\,3}", "23", 0.0),
+    ("#### 3EUR5", "35", 0.0),
+    ("#### 3EUR5", "3", 0.0),
+    ("#### 5**000", "5000", 0.0),
+    ("#### 5$000", "5000", 0.0),
+    ("#### 5%000", "5000", 0.0),
+    ("<think >#### 18", "18", 0.0),
+    ("<thoughts>#### 18", "18", 0.0),
+    ("<|begin_of_thought|>#### 18", "18", 0.0),
+    ("<answer>18} or 19</answer>", "18", 0.0),
+    ("<ANSWER>17</ANSWER> #### 18", "18", 0.0),
+    (r"\boxed{A, B}", r"A \cup B", 0.0),
+    (r"\boxed{x<1 \text{ and } x>3}", r"x<1 \text{ or } x>3", 0.0),
+    ("#### +-18", "18", 0.0),
+    ("#### Not x = 18", "18", 0.0),
+    ("#### x Squared = 18", "18", 0.0),
+    ("#### 18 minutes or so, or 19", "18", 0.0),
+    ("#### $18 to $19", "18", 0.0),
+    ("#### 18 apples but maybe 19", "18", 0.0),
+    ("#### 18th of 20", "18", 0.0),
+    ("#### 18^2", "18", 0.0),
+    ("#### 18 (mod 5)", "18", 0.0),
+    ("#### 18!", "17", 0.0),
+    (r"\boxed{18 \%\ of\ x}", "18", 0.0),
+    (r"\boxed{18i}", "18", 0.0),
+    (r"\boxed{18e}", "18", 0.0),
+    (r"\boxed{18\mathrm{i}}", "18", 0.0),
+    (r"\boxed{18\mathrm{e}}", "18", 0.0),
+    (r"\boxed{18\text{ or more}}", "18", 0.0),
+    (r"\boxed{18_{10}}", "18", 0.0),
+    (r"\boxed{18'}", "18", 0.0),
+    (r"\boxed{18:5}", "18", 0.0),
+    (r"\boxed{18|5}", "18", 0.0),
+    (r"\boxed{[18]}", "18", 0.0),
+    (r"\boxed{|18|}", "18", 0.0),
+    (r"\boxed{\lfloor 18 \rfloor}", "18", 0.0),
+    (r"\boxed{18 \pm 1}", "18", 0.0),
+    (r"\boxed{\pm 18}", "18", 0.0),
+    (r"\boxed{18\ldots}", "18", 0.0),
+    (r"\boxed{\dots 18}", "18", 0.0),
+    (r"\boxed{18.\overline{3}}", "18", 0.0),
+    (r"\boxed{0.\overline{3}}", "0", 0.0),
+    (r"\boxed{1.8\overline{3}}", "1.8", 0.0),
+    (r"\boxed{18 \sin}", "18", 0.0),
+    (r"\boxed{18 max}", "18", 0.0),
+    ("#### 18 hours 30", "18", 0.0),
+    ("#### one hundred 18", "18", 0.0),
+    ("#### minus 18", "18", 0.0),
+    ("#### negative 18", "18", 0.0),
+    ("#### not 18", "18", 0.0),
+    ("#### about 18 or 19", "18", 0.0),
+    (r"\boxed{(1,200)}", "1200", 0.0),
+    (r"\boxed{1.200}", "1200", 0.0),
+    ("#### 1.080", "1080", 0.0),
+    ("#### 1,08", "108", 0.0),
+    ("#### 10^3", "10", 0.0),
+    ("#### 2^3", "8", 0.0),
+    ("#### 18e", "18", 0.0),
+    (r"\boxed{x\in\{3\}}", "x=4", 0.0),
+    (r"\boxed{\{3\}}", "4", 0.0),
+    (r"\boxed{y}", "x", 0.0),
+    (r"\boxed{x}", "X", 0.0),
+    ("#### B", "b c", 0.0),
+    (r"\boxed{A}", "B", 0.0),
+    (r"\boxed{(A) is wrong, (B)}", "A", 0.0),
+    ("#### A, since B: no", "A", 0.0),
+    # --- right, in a dress that was missed
+    ("#### 5!", "5", 1.0),
+    ("#### 5!", "120", 1.0),
+    ("The answer is 18!", "18", 1.0),
+    (r"\boxed{-5!}", "-120", 1.0),
+    (r"\boxed{100!}", "100!", 1.0),
+    ("#### -18. So -18.", "-18", 1.0),
+    ("#### 3/4. Check: 3/4.", "3/4", 1.0),
+    ("#### 18. Since 9+9=18.", "18", 1.0),
+    ("**Answer:**\n- 18", "18", 1.0),
+    ("#### x=5, x=7", "5, 7", 1.0),
+    (r"\boxed{\text{(B) } 15}", "(B) 15", 1.0),
+    ("#### B", "(B) 15", 1.0),
+    ("#### (B)", "(B) 15", 1.0),
+    ("The answer is option B", "B", 1.0),
+    ("#### 18 of the children's apples", "18", 1.0),
+    ("#### 3 o'clock", "3", 1.0),
+    ("#### 18 T-shirts", "18", 1.0),
+    ("#### 18 TVs", "18", 1.0),
+    ("#### 18 yrs", "18", 1.0),
+    ("#### 18 wks", "18", 1.0),
+    ("#### $18 / day", "18", 1.0),
+    (r"\boxed{18\mathrm{J}}", "18", 1.0),
+    (r"\boxed{18\,\mathrm{N}}", "18", 1.0),
+    (r"\boxed{18\text{ Hz}}", "18", 1.0),
+    (r"\boxed{18\text{ K}}", "18", 1.0),
+    ("The answer is approximately 18", "18", 1.0),
+    ("The answer is about 18.", "18", 1.0),
+    ("The answer is therefore 18", "18", 1.0),
+    ("The answer is indeed 18", "18", 1.0),
+    ("#### Total: 18", "18", 1.0),
+    ("#### = 18", "18", 1.0),
+    ("#### 9*2 = <<9*2=18>>18", "18", 1.0),
+    ("#### 18\n#### Explanation\nbecause", "18", 1.0),
+    (r"\boxed{P(A\cap B) = 0.5}", "0.5", 1.0),
+    (r"\boxed{E[X]=3}", "3", 1.0),
+    (r"\boxed{[ABC]=18}", "18", 1.0),
+    (r"\boxed{|AB|=5}", "5", 1.0),
+    (r"\boxed{\bar{x}=5}", "5", 1.0),
+    ("#### θ = 30", "30", 1.0),
+    (r"\boxed{6\pi}", r"6\pi\text{ cm}", 1.0),
+    (r"\boxed{6\pi\text{ cm}}", r"6\pi", 1.0),
+    ("#### 15 centimeters", "15 cm", 1.0),
+    ("#### x**2", "x^2", 1.0),
+    ("#### ±3", r"\pm 3", 1.0),
+    ("#### x⁴", "x^4", 1.0),
+    ("#### ⅓", "1/3", 1.0),
+    ("#### 2⋅3", r"2 \cdot 3", 1.0),
+    (r"\boxed{30\degree}", "30", 1.0),
+    (r"\boxed{\frac{\sqrt3}2}", r"\frac{\sqrt{3}}{2}", 1.0),
+    (r"\boxed{\begin{bmatrix}1\\2\end{bmatrix}}", r"\begin{pmatrix}1\\2\end{pmatrix}", 1.0),
+    ("#### 2*sqrt(3)", r"2\sqrt{3}", 1.0),
+    (r"\boxed{\pi/2}", r"\frac{\pi}{2}", 1.0),
+    ("#### {1,2}", r"\{2,1\}", 1.0),
+    (r"\boxed{\lbrace 1,2\rbrace}", r"\{1,2\}", 1.0),
+    ("#### 5", "#### 5", 1.0),
+    ("#### 5", "answer: 5", 1.0),
+    ("#### 18 = 2 * 9", "18", 1.0),
+    ("#### (9+9) = 18", "18", 1.0),
+    ("#### $9 + $9 = $18", "18", 1.0),
+    ("#### 9 apples + 9 apples = 18 apples", "18", 1.0),
+    ("#### 2^3 = 8", "8", 1.0),
+    (r"\boxed{\sqrt{324}=18}", "18", 1.0),
+    (r"\boxed{\frac{3+6}{2} = 4.5}", "4.5", 1.0),
+    ("#### 50%", r"50\%", 1.0),
+    ("#### 50", "50%", 1.0),
+    ("#### $18.00", "18 dollars", 1.0),
+    ("#### 18 square meters", r"18\text{ m}^2", 1.0),
+    ("#### 18 m²", "18 m^2", 1.0),
+    ("#### 60 mph", "60 mph", 1.0),
+    ("#### 60 km/h", r"60\text{ km/h}", 1.0),
+    ("<answer>18</answer>", "18", 1.0),
+    ("<Answer>\n18\n</Answer>", "18", 1.0),
+    (r"<think>x</think><answer>\boxed{18}</answer>", "18", 1.0),
+    ("#### 18", "18", 1.0),
+    ("#### $18 more", "18", 1.0),
+    ("#### 18 each", "18", 1.0),
+    ("#### Yes", "yes", 1.0),
+    ("#### New York", "new york", 1.0),
+    (r"\boxed{3\pi/4}", r"\frac{3\pi}{4}", 1.0),
+    (r"\boxed{-\frac{\pi}{2}}", r"\frac{-\pi}{2}", 1.0),
+    (r"\boxed{x^{n+1}}", "x^(n+1)", 1.0),
+]
+
+ATTACK_ROWS = [grade_row(*row) for row in ATTACKS]
+
+
+@pytest.mark.parametrize("response, answer, expected", ATTACK_ROWS)
+def test_attacks(response, answer, expected):
+    """Nothing but the answer earns a reward.
+
+    (Bugs: letters of a formula read as a unit; digits joined over what stands between
+    them; a sign, a factorial or a later sentence that nobody read.)
+    """
+    assert grade(response, answer) == expected
+
+
 def test_long_references_are_compared_whole():
     """Two answers that differ after 300 characters are different.
 
@@ -685,36 +918,35 @@ def test_boxed_braces():
     assert last_boxed("no box { } here") is None
 
 
-def test_grading_is_fast():
+REPEATED = [
+    "####", "####\n", "1", "1,", "1/", "1 000 ", "1,000,", "- ", " :", ".", "!", "18!. ", "=",
+    "1=", "1+1=", "x=", "{", "(", "[", "\\{", "\\boxed{", "\\boxed{1}", "\\text{", "\\frac{1}{",
+    "\\frac", "\\sqrt(", "\\sqrt[", "\\begin{pmatrix}", "x^", "^(", "_", "$", "$1", "**", "\\",
+    "1 or ", "cm ", "m^2 ", "m/", "square ", "½", "°", "<think>", "<answer>", "answer is ",
+    "therefore ", "<<", "\n- ", "(A) ", " ",
+]
+
+
+@pytest.mark.parametrize("piece", REPEATED, ids=repr)
+def test_grading_is_fast(piece):
     """A long text that repeats itself takes less than a second of processor time.
 
-    (Bug: scans of quadratic time. A collapsed policy repeats one token up to the
-    length limit, and every such row is graded.)
+    (Bugs: scans of quadratic time, and calls as deep as brackets. A collapsed policy
+    repeats one token up to the length limit, and every such row is graded.)
     """
-    rows = [
-        "####" * 5000,
-        "####\n" * 5000,
-        "#### " + "1" * 20_000,
-        "#### " + "1," * 10_000,
-        "#### " + "1/" * 10_000,
-        "#### -" + "- " * 10_000,
-        "#### \\text{" * 2000,
-        "#### " + "\\frac{1}{" * 2000,
-        "#### " + "=" * 20_000,
-        "answer is " * 3000,
-        "the answer is" + " :" * 10_000,
-        "{" * 20_000,
-        "\\boxed" + " " * 20_000,
-        "\\boxed{1}" * 3000,
-        "\\boxed{" * 2500,
-    ]
-    for row in rows:
-        # processor time, because other programs may keep the machine busy
-        start = time.process_time()
-        assert grade(row, "18") == 0.0
-        last_number(row)
-        seconds = time.process_time() - start
-        assert seconds < 1, f"{row[:20]!r}… took {seconds:.1f} s"
+    long = piece * (20_000 // len(piece))
+    short = piece * (2_000 // len(piece))
+    # processor time, because other programs may keep the machine busy
+    start = time.process_time()
+    for text in (long, f"#### {long}", f"#### 18{long}", f"\\boxed{{{long}}}"):
+        assert grade(text, "18") in (0.0, 1.0)
+        last_number(text)
+    for text in (f"#### 18{short}", f"\\boxed{{({short})}}"):
+        grade(text, "18")
+        grade(text, f"18{short}")
+        grade(text, f"\\{{1, {short}\\}}")
+    seconds = time.process_time() - start
+    assert seconds < 4, f"10 grades took {seconds:.1f} s"
 
 
 # ---- Random answers ------------------------------------------------------------------------------
