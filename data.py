@@ -65,6 +65,11 @@ class Notes:
         if self.counts[kind] <= LISTED:
             self.lines.setdefault(kind, []).append(f"{source}: {what}")
 
+    def as_json(self) -> dict[str, dict]:
+        """For run.json, by kind."""
+        return {kind: {"count": count, "lines": self.lines[kind]}
+                for kind, count in self.counts.items()}
+
     def summary(self) -> list[str]:
         """A line for the screen of each kind."""
         return [f"{NOTES[kind]}: {count}; first: {self.lines[kind][0]}"
@@ -275,10 +280,15 @@ def prepare(
     notes = notes or Notes()
     kept = []
     too_long = []
+    prompts = {}    # of each question, which may stand there a hundred times
     for first in range(0, len(problems), PART):
         part = problems[first:first + PART]
-        texts = tokenizer.prompt_texts(part)
-        for problem, text, prompt in zip(part, texts, tokenizer.encode_texts(texts)):
+        new = {id(p.question): p for p in part if id(p.question) not in prompts}.values()
+        texts = tokenizer.prompt_texts(list(new))
+        for problem, text, prompt in zip(new, texts, tokenizer.encode_texts(texts)):
+            prompts[id(problem.question)] = prompt, opened_by(problem.question, text)
+        for problem in part:
+            prompt, opened = prompts[id(problem.question)]
             if not 1 <= len(prompt) <= limits.positions - limits.new_tokens:
                 too_long.append(
                     f"the prompt has {len(prompt)} tokens, and with {limits.new_tokens} new ones "
@@ -288,7 +298,7 @@ def prepare(
                 continue
             check_vocabulary(prompt, tokenizer, limits)
             problem.prompt = prompt
-            problem.opened = opened_by(problem.question, text)
+            problem.opened = opened
             problem.gold_ids = None
             if problem.gold is not None:
                 prepare_gold(problem, tokenizer, limits, reward, notes)

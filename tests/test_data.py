@@ -4,6 +4,7 @@ Much of the file is tables, one case a row. The test below a table runs every ro
 """
 import gzip
 import json
+import sys
 import time
 
 import pytest
@@ -459,6 +460,34 @@ def test_a_bad_record_is_left_out(tmp_path, record, says):
     refusal(lambda: read_problems(path, notes=strict), f"{path}, line 2", says, "--strict")
     alone = write(tmp_path / "b.jsonl", jsonl(record))
     refusal(lambda: read_problems(alone), f"{alone}, line 1", says)
+
+
+def test_parquet(tmp_path, monkeypatch):
+    """A Parquet file is read like others, row by row; without pyarrow one line says what to do.
+
+    (Bug: the hub's data sets, which are Parquet, cannot be read.)
+    """
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    rows = [
+        {"prompt": CHAT, "reward_model": {"ground_truth": str(i)}, "extra_info": {"index": i}}
+        for i in range(3)
+    ]
+    rows[1]["reward_model"]["ground_truth"] = None
+    for name in ("a.parquet", "train-00000-of-00001"):
+        path = str(tmp_path / name)
+        parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+        notes = Notes()
+        problems = read_problems(path, notes=notes)
+        assert [(p.question, p.answer) for p in problems] == [(CHAT, "0"), (CHAT, "2")]
+        assert [p.source for p in problems] == [f"{path}, row 1", f"{path}, row 3"]
+        assert notes.lines["left_out"][0].startswith(f"{path}, row 2: ")
+
+    broken = write(tmp_path / "broken.parquet", b"PAR1 and no more")
+    refusal(lambda: read_problems(broken), broken, "cannot be read")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    refusal(lambda: read_problems(path), path, "pip install pyarrow")
 
 
 def test_notes_count_what_run_json_does_not_list(tmp_path):
@@ -1285,6 +1314,26 @@ def test_prompts_are_rendered_in_parts(tmp_path, monkeypatch):
     assert prepare(problems, tokenizer, Limits(20, 100)) == problems
     texts = [tokenizer.decode(p.prompt) for p in problems]
     assert texts == [f"<Question {i}>" for i in range(8)]
+
+
+def test_a_repeated_question_is_rendered_once(tmp_path, monkeypatch):
+    """DAPO's file has each problem a hundred times. All are kept, with one prompt between them.
+
+    (Bug: 1.8 million prompts, which no laptop's memory holds.)
+    """
+    folder = make_folder(tmp_path, template_file="<{{ messages[0].content }}>")
+    tokenizer = load_tokenizer(folder, instruction="")
+    lines = [{"question": f"Question {i % 3}", "answer": i} for i in range(12)]
+    problems = read_problems(write(tmp_path / "a.jsonl", jsonl(*lines)))
+    rendered = []
+    texts_of = tokenizer.prompt_texts
+    tokenizer.prompt_texts = lambda some: rendered.extend(some) or texts_of(some)
+    monkeypatch.setattr(data, "PART", 5)
+    kept = prepare(problems, tokenizer, Limits(20, 100))
+    assert [p.answer for p in kept] == [str(i) for i in range(12)]
+    assert [tokenizer.decode(p.prompt) for p in kept] == [f"<Question {i % 3}>" for i in range(12)]
+    assert len(rendered) == 3
+    assert kept[0].prompt is kept[11 - 2].prompt
 
 
 DOUBTFUL = {

@@ -14,7 +14,7 @@ import torch
 
 import evaluate as evaluate_module
 from data import Limits, Problem, load_tokenizer, prepare, read_problems
-from evaluate import evaluate, pass_at_k
+from evaluate import evaluate, majority_is_right, pass_at_k
 from gcpo import Group
 from grader import Reward, grade
 from helpers import LLAMA, STOPS, tiny_model, write_json
@@ -116,6 +116,18 @@ def test_metrics_worked_out_by_hand(monkeypatch):
         "tokens": 4,
         "correct_by_last_number": True,
     }
+
+
+def test_the_majority_votes_by_the_grader(monkeypatch):
+    """Answers that are the same to the grader vote together. (Bug: 18 and 18 apples outvoted by two
+    times 17.)"""
+    def records(*answers):
+        return [{"answer": a, "correct": a is not None and "18" in a} for a in answers]
+
+    assert majority_is_right(records("17", "18", "18 apples", "17", "18.0"))
+    assert not majority_is_right(records("17", "18", "17", None, None))
+    assert majority_is_right(records("18", "17"))    # of equals, the first
+    assert not majority_is_right(records(None, None))
 
 
 def test_correct_is_what_reaches_the_threshold(monkeypatch):

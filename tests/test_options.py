@@ -11,8 +11,9 @@ import torch
 from test_train import ROOT, on_toy, train_with
 
 from gcpo import ALGORITHMS
+from support import math_verify
 from support.common import InputError, exit_cleanly
-from support.options import Config, learning_rate, parse_flags, sft_stage
+from support.options import Config, learning_rate, load_reward, parse_flags, sft_stage
 from support.toy import TOY
 
 
@@ -94,6 +95,48 @@ def test_learning_rate_warms_up_and_falls():
     assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
     assert rates[-1] == pytest.approx(0.1)
     assert rates[4:] == sorted(rates[4:], reverse=True)
+
+
+# ---- The package math-verify as the reward -------------------------------------------------------
+
+def test_math_verify_as_reward():
+    """--reward math_verify grades with that package; what it cannot judge in time earns nothing,
+    and the next response is judged again. (Bug: a run that hangs on 10^{10^{10^{10}}}.)"""
+    pytest.importorskip("math_verify")
+    reward = load_reward("math_verify")
+    child = reward.function.child
+    assert reward(r"So \boxed{\frac{2}{4}}", r"\frac{1}{2}") == 1.0
+    assert reward(r"So \boxed{0.3}", r"\frac{1}{2}") == 0.0
+    assert reward("no answer at all", "18") == 0.0
+    child.kill()
+    child.wait()
+    assert reward(r"\boxed{18}", "18") == 0.0    # the child had died
+    assert reward(r"\boxed{18}", "18") == 1.0    # a new one answers
+
+
+def test_math_verify_has_a_limit(monkeypatch):
+    """A child that does not answer is stopped. (Bug: a reward that waits for ever.)"""
+    echo = (
+        "import json, sys, time\n"
+        "print(json.dumps('ready'), flush=True)\n"
+        "for line in sys.stdin:\n"
+        "    time.sleep(60 if 'slow' in line else 0)\n"
+        "    print(1.0, flush=True)\n")
+    monkeypatch.setattr(math_verify, "CHILD", echo)
+    monkeypatch.setattr(math_verify, "SECONDS", 1)
+    reward = load_reward("math_verify")
+    assert reward("quick", "18") == 1.0
+    assert reward("slow", "18") == 0.0
+    assert reward("quick", "18") == 1.0
+
+
+def test_math_verify_where_it_is_missing(monkeypatch):
+    """Without the package one line says how to get it."""
+    missing = math_verify.CHILD.replace("from math_verify", "from no_such_math_verify")
+    monkeypatch.setattr(math_verify, "CHILD", missing)
+    with pytest.raises(InputError, match="pip install math-verify") as error:
+        load_reward("math_verify")
+    assert "\n" not in str(error.value)
 
 
 # ---- What is refused -----------------------------------------------------------------------------

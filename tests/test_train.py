@@ -17,6 +17,7 @@ import train
 from data import Limits, Notes, Problem, load_tokenizer, prepare, read_problems
 from gcpo import ALGORITHMS, Group, gold_group, group_advantages
 from grader import grade
+from helpers import read_json
 from logprobs import token_logprobs
 from model import Transformer, load_model, read_config, save_model
 from support.checkpoint import State
@@ -239,6 +240,50 @@ def test_other_settings_run(toy, tmp_path, flags):
     last = metrics_of(on_toy(toy, tmp_path / "run", *flags))[-1]
     assert last["update/not_finite"] == 0
     assert last["update/skipped"] == 1 or last["update/grad_norm"] > 0
+
+
+def test_what_is_left_out_is_said(toy, tmp_path, capsys):
+    """Records that are left out are counted on the screen and listed in run.json; --strict refuses
+    them, and writes nothing. (Bug: half of the data gone in silence.)"""
+    with open(toy["data"]) as f:
+        lines = f.read().splitlines()
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join([*lines, '{"question": "Q?"}', lines[0]]) + "\n")
+    where = f"{data}, line {len(lines) + 1}"
+    out = on_toy({**toy, "data": str(data)}, tmp_path / "run", "--steps", "1")
+    printed = capsys.readouterr().out
+    assert f"note: records left out: 1; first: {where}: " in printed
+    assert "note: problems that stood there before: 1; first: " in printed
+    notes = read_json(os.path.join(out, "run.json"))["notes"]
+    assert notes["left_out"]["count"] == 1
+    assert notes["left_out"]["lines"][0].startswith(where)
+
+    with pytest.raises(InputError, match="--strict") as error:
+        on_toy({**toy, "data": str(data)}, tmp_path / "strict", "--strict")
+    assert str(error.value).startswith(where)
+    assert not os.path.exists(tmp_path / "strict")
+
+
+def test_the_start_line_says_what_ends_a_response(toy, tmp_path, capsys):
+    """The stop tokens are on the start line if there are several. (Bug: a response that runs on
+    into other turns, and nothing on the screen says why.)"""
+    words = load_tokenizer(toy["model"]).backend.get_vocab()
+    token = next(word for word in sorted(words) if word.isalnum())
+    on_toy(toy, tmp_path / "run", "--steps", "1", "--stop-token", token)
+    printed = capsys.readouterr().out
+    assert "responses end with " in printed
+    assert token in printed.split("responses end with ")[1].splitlines()[0].split(" or ")
+
+
+def test_responses_that_never_end_are_warned_of_once(toy, tmp_path, capsys):
+    """If most groups are wrong because no rollout ends, one line says so, once. (Bug: gold blamed
+    for what --max-new-tokens cuts off.)"""
+    out = on_toy(toy, tmp_path / "run", "--algo", "gspo", "--max-new-tokens", "2")
+    rows = metrics_of(out)[1:]
+    assert all(row["groups/cut_off"] > 0.5 for row in rows)
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "came to its end" in line]
+    assert len(warnings) == 1
+    assert "--max-new-tokens 2" in warnings[0]
 
 
 def test_the_model_is_saved_before_the_last_evaluation(toy, tmp_path, monkeypatch):
