@@ -162,18 +162,18 @@ def in_tags(text: str) -> str | None:
 def hash_line(text: str) -> str | None:
     """What the last #### says, unless it is the heading of what follows."""
     end = len(text)
+    named_below = False
     for marker in reversed(list(re.finditer("#{4,}", text))):
         line, _, below = text[marker.end():end].partition("\n")
         end = marker.start()
+        named_below = named_below or last_boxed(below) is not None or bool(PHRASE.search(below))
         if PHRASE.search(line):
             return first_line(PHRASE.split(line)[-1] + "\n" + below)
         if ANSWER_HEADING.fullmatch(line):
             return first_line(below)
         if is_empty(line):
             continue
-        rest = text[marker.end() + len(line):]
-        is_words = WORDS_HEADING.fullmatch(line)
-        if is_words and (last_boxed(rest) is not None or PHRASE.search(rest)):
+        if named_below and WORDS_HEADING.fullmatch(line):
             return None
         if not AFTERWORD.fullmatch(line):
             return first_line(line)
