@@ -377,9 +377,10 @@ def policy_loss(
 
     ratio = importance_ratio(logprobs, old_logprobs, mask, is_gold, algorithm)       # (N, T)
     low, high = clip_range(is_gold, algorithm, logprobs.dtype)                       # (N, 1)
-    # Inside the clip range both are equal: minimum then gives half of the gradient to each, and
-    # clamp passes its half on. Together that is all of it.
-    surrogate = torch.minimum(ratio * advantage, ratio.clamp(low, high) * advantage)
+    # The least of ratio · A and clip(ratio) · A. Where that is the second, nothing has a gradient.
+    clipped = ((ratio < low) & (advantage < 0)) | ((ratio > high) & (advantage > 0))  # (N, T)
+    bound = ratio.detach().clamp(low, high)
+    surrogate = torch.where(clipped, bound, ratio) * advantage
     token_loss = -surrogate                                                          # (N, T)
     if algorithm.kl_coef > 0:
         ref_logprobs = torch.where(mask, context.ref_logprobs, 0.0)
@@ -395,8 +396,7 @@ def policy_loss(
     else:
         loss = masked_sum(token_loss, mask) / (context.total_rows * context.max_new_tokens)
 
-    with torch.no_grad():    # clipped: left without a gradient
-        clipped = ((ratio < low) & (advantage < 0)) | ((ratio > high) & (advantage > 0))
+    with torch.no_grad():
         sums = metric_sums(logprobs, old_logprobs, ratio, clipped, mask, is_gold)
         if algorithm.kl_coef > 0:
             sums["ref_kl"] = masked_sum(kl, mask & ~is_gold[:, None])

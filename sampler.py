@@ -355,7 +355,7 @@ def prompt_generator(seed, prompt_id: int, repeat: int) -> torch.Generator:
     seeds = seed if isinstance(seed, (tuple, list)) else (seed,)
     # The 1 at the end, because numpy takes (0, 1) and (0, 1, 0) for the same; >> 1 for int64.
     sequence = np.random.SeedSequence([*seeds, prompt_id, repeat, 1])
-    return torch.Generator().manual_seed(int(sequence.generate_state(1, np.uint64)[0] >> 1))
+    return torch.Generator().manual_seed(int(sequence.generate_state(1, np.uint64)[0]) >> 1)
 
 
 def sample(
