@@ -134,7 +134,7 @@ def turn_end(template: str, variables: dict, where: str) -> str:
 def run_child(job: dict, where: str) -> list[str]:
     try:
         done = subprocess.run(
-            [sys.executable, "-c", RENDER], input=json.dumps(job), capture_output=True, text=True,
+            [sys.executable, "-I", "-c", RENDER], input=json.dumps(job), capture_output=True, text=True,
             encoding="utf-8", timeout=RENDER_SECONDS + len(job["conversations"]) / 1000)
         result = json.loads(done.stdout)
     except subprocess.TimeoutExpired:

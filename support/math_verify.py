@@ -49,7 +49,7 @@ class MathVerify:
 
     def start(self) -> None:
         self.child = subprocess.Popen(
-            [sys.executable, "-c", CHILD], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            [sys.executable, "-I", "-c", CHILD], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL)
         said = self.answer(START_SECONDS)
         if said != "ready":

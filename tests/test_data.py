@@ -920,6 +920,19 @@ def test_a_template_that_drops_the_open_turn_is_refused(tmp_path):
     refusal(lambda: tokenizer.encode_prompt(problem), "chat_template.jinja", "assistant's words")
 
 
+@pytest.mark.parametrize("planted", ["json.py", "jinja2.py", "resource.py", "datetime.py"])
+def test_no_code_of_the_current_folder_runs(tmp_path, monkeypatch, planted):
+    """A model folder that is the current folder cannot bring modules along.
+
+    (Bug: `python -c` takes ./json.py for the library's.)
+    """
+    folder = make_folder(tmp_path, template_file="{{ messages[0].content }}")
+    write(tmp_path / planted, "open('PWNED', 'w')")
+    monkeypatch.chdir(tmp_path)
+    assert load_tokenizer(folder, instruction="").prompt_texts([Problem("Q?", "4")]) == ["Q?"]
+    assert not (tmp_path / "PWNED").exists()
+
+
 def test_template_args(tmp_path):
     """--chat-template-args reaches the template. (Bug: Qwen3's thinking, which nothing ends.)"""
     template = "{{ messages[0].content }}{% if not enable_thinking %}<think></think>{% endif %}"

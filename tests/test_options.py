@@ -130,6 +130,15 @@ def test_math_verify_has_a_limit(monkeypatch):
     assert reward("quick", "18") == 1.0
 
 
+def test_math_verify_is_not_one_of_the_current_folder(tmp_path, monkeypatch):
+    """A math_verify.py of the current folder does not run. (Bug: `python -c` takes it.)"""
+    pytest.importorskip("math_verify")
+    (tmp_path / "math_verify.py").write_text("open('PWNED', 'w')")
+    monkeypatch.chdir(tmp_path)
+    assert load_reward("math_verify")(r"\boxed{18}", "18") == 1.0
+    assert os.listdir(tmp_path) == ["math_verify.py"]
+
+
 def test_math_verify_where_it_is_missing(monkeypatch):
     """Without the package one line says how to get it."""
     missing = math_verify.CHILD.replace("from math_verify", "from no_such_math_verify")
