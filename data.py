@@ -210,7 +210,11 @@ class Tokenizer:
     def encode(self, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
         try:
             encodings = self.backend.encode_batch(texts, add_special_tokens=add_special_tokens)
-        except Exception as e:  # half a surrogate pair; a vocabulary without its own unknown token
+        except KeyboardInterrupt:
+            raise
+        except BaseException as e:
+            # Half a surrogate pair; a vocabulary without its own unknown token. A panic of the
+            # library is no Exception.
             raise InputError(
                 f"{self.folder}: the tokenizer cannot encode a text ({one_line(e)})") from None
         return [e.ids for e in encodings]
@@ -286,6 +290,7 @@ def prepare(
         new = {id(p.question): p for p in part if id(p.question) not in prompts}.values()
         texts = tokenizer.prompt_texts(list(new))
         for problem, text, prompt in zip(new, texts, tokenizer.encode_texts(texts)):
+            refuse_without_question(text, problem, tokenizer)
             prompts[id(problem.question)] = prompt, opened_by(problem.question, text)
         for problem in part:
             prompt, opened = prompts[id(problem.question)]
@@ -309,6 +314,17 @@ def prepare(
     if problems and not kept:
         raise InputError(f"{problems[0].source}: {too_long[0]}; no problem is left")
     return kept
+
+
+def refuse_without_question(prompt: str, problem: Problem, tokenizer: Tokenizer) -> None:
+    """Raises InputError for a chat template that leaves out what is asked: all prompts were one."""
+    question = problem.question
+    if not isinstance(question, str):
+        question = [m["content"] for m in question if m["role"] == "user"][-1]
+    missing = [word for word in re.findall(r"\w+", question) if word not in prompt]
+    if missing:
+        raise InputError(f"{tokenizer.template_from}: the chat template leaves out {missing[0]!r} "
+                         f"of the question of {problem.source or 'a problem'}")
 
 
 def check_vocabulary(prompt: Tensor, tokenizer: Tokenizer, limits: Limits) -> None:

@@ -51,6 +51,9 @@ def complete(
     groups = sample(model, prompts, samples, max_new_tokens, **sampling)
     completions = []
     for problem, group in zip(problems, groups):
+        if not group.logprobs.isfinite().all():
+            raise InputError(f"the model's probabilities are not finite (on {problem.source}); its "
+                             "weights or its config.json make no sense")
         group = grade_group(group, problem, tokenizer, reward)
         records = []
         for row, n in enumerate(group.lengths.tolist()):

@@ -2,7 +2,8 @@
 
     OUT/checkpoints/step-000020/model/                 a Hugging Face folder like any other
                                 optimizer.safetensors  AdamW's moments
-                                state.json             a State, and size and SHA-256 of every file
+                                state.json             a State, size and SHA-256 of every file, and
+                                                       a SHA-256 of all that
 
 There is no random state: everything random in a run follows from the seed and the step. A
 checkpoint is written beside, flushed to the disk and renamed, so it is whole or not there, and the
@@ -14,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 from dataclasses import asdict, dataclass, field
@@ -54,6 +56,7 @@ KINDS = {
     "step": (int,), "bad_steps": (int,), "epoch": (int,), "taken": (int,),
     "before": (float, type(None)), "after": (float, type(None)), "best": (float, type(None)),
     "best_step": (int, type(None)), "solved": (list,), "dropped": (list,)}
+MOMENTS = ("exp_avg", "exp_avg_sq", "step")    # what AdamW keeps of each parameter
 FILES = {"optimizer.safetensors", "model/config.json", "model/model.safetensors"}
 
 
@@ -90,7 +93,8 @@ def save_checkpoint(
         file = os.path.join(beside, name)
         files[name] = [os.path.getsize(file), sha256(file)]
     with open(os.path.join(beside, "state.json"), "w", encoding="utf-8") as f:
-        json.dump({**asdict(state), "files": files}, f, indent=2)
+        content = {**asdict(state), "files": files}
+        json.dump({**content, "digest": digest_of(content)}, f, indent=2)
 
     for name in [*files, "state.json"]:
         flush_to_disk(os.path.join(beside, name))
@@ -105,7 +109,7 @@ def save_checkpoint(
 def remove_old(out: str, state: State, keep: int) -> None:
     """All but the last `keep` and the best. Later ones do not count: they are damaged, and this run
     resumed from before them."""
-    names = [name for name in checkpoints(out) if name <= step_name(state.step)]
+    names = [name for name in checkpoints(out) if step_of(name) <= state.step]
     best = step_name(state.best_step or 0)
     for name in names[:-keep]:
         if name != best:
@@ -116,11 +120,25 @@ def step_name(step: int) -> str:
     return f"step-{step:06d}"
 
 
+def step_of(name: str) -> int:
+    return int(name.removeprefix("step-"))
+
+
 def checkpoints(out: str) -> list[str]:
-    """Names under OUT/checkpoints, oldest first."""
+    """Names under OUT/checkpoints, oldest first. What else lies there is the user's own."""
     root = os.path.join(out, "checkpoints")
-    names = os.listdir(root) if os.path.isdir(root) else []
-    return sorted(name for name in names if name.startswith("step-"))
+    names = []
+    for name in os.listdir(root) if os.path.isdir(root) else []:
+        path = os.path.join(root, name)
+        is_ours = re.fullmatch(r"step-[0-9]{6,}", name) and name == step_name(step_of(name))
+        if is_ours and os.path.isdir(path) and not os.path.islink(path):
+            names.append(name)
+    return sorted(names, key=step_of)
+
+
+def digest_of(content: dict) -> str:
+    """Of all else that state.json holds."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def files_in(folder: str) -> list[str]:
@@ -150,10 +168,13 @@ def checkpoint_fault(path: str) -> str | None:
     """What is wrong with a checkpoint, or None."""
     try:
         state = read_json(os.path.join(path, "state.json"))
+        content = {name: value for name, value in state.items() if name != "digest"}
+        if state["digest"] != digest_of(content):
+            return "state.json was altered"
         return files_fault(path, state["files"]) or state_fault(path, state)
     except OSError as e:
         return f"{e.filename or 'a file'} cannot be read: {e.strerror}"
-    except (InputError, KeyError, TypeError, ValueError, AttributeError) as e:
+    except (InputError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as e:
         return f"state.json cannot be used ({e})"
 
 
@@ -216,13 +237,19 @@ def load_checkpoint(
     read_weights(os.path.join(path, "model"), model)
     by_name = dict(model.named_parameters())
     with safe_open(os.path.join(path, "optimizer.safetensors"), framework="pt") as f:
-        for name in f.keys():
+        names = set(f.keys())
+        wanted = {f"{name}.{key}" for name in by_name for key in MOMENTS}
+        if names and names != wanted:
+            odd = min(names ^ wanted)
+            what = "lacks" if odd in wanted else "holds"
+            raise InputError(f"{path}: optimizer.safetensors {what} {odd}; this model's has "
+                             "others")
+        for name in sorted(names):
             parameter, key = name.rsplit(".", 1)
-            if parameter not in by_name:
-                raise InputError(f"{path}: optimizer.safetensors holds {name}, which this model "
-                                 "does not have")
             p = by_name[parameter]
             tensor = f.get_tensor(name)
+            shape = torch.Size() if key == "step" else p.shape
+            refuse_moment(tensor, shape, key, f"{path}: {name}")
             if tensor.dim():
                 moment = torch.empty_like(p)
             else:    # the number of steps
@@ -231,6 +258,21 @@ def load_checkpoint(
             optimizer.state[p][key] = moment
     state = read_json(os.path.join(path, "state.json"))
     return State(**{name: state[name] for name in KINDS})
+
+
+def refuse_moment(tensor: torch.Tensor, shape: torch.Size, key: str, where: str) -> None:
+    """Raises InputError for what AdamW cannot have written."""
+    fault = None
+    if tensor.shape != shape:
+        fault = f"has shape {list(tensor.shape)}, not {list(shape)}"
+    elif not tensor.is_floating_point():
+        fault = f"is of {str(tensor.dtype).removeprefix('torch.')}"
+    elif not tensor.isfinite().all():
+        fault = "is not finite"
+    elif key != "exp_avg" and (tensor < 0).any():
+        fault = "is below 0"
+    if fault:
+        raise InputError(f"{where} {fault}; begin a new run, or go back to an earlier checkpoint")
 
 
 # ---- The folder of a run -------------------------------------------------------------------------
@@ -247,23 +289,32 @@ def lock_folder(folder: str) -> None:
         pass    # Windows, or a file system without locks
 
 
-def refuse_changes(out: str, settings: dict) -> None:
-    """Raises InputError at the first setting that is not as in OUT/run.json."""
+def refuse_changes(out: str, settings: dict, defaults: dict) -> None:
+    """Raises InputError at the first setting that is not as in OUT/run.json. One that the run did
+    not know has its default there."""
     path = os.path.join(out, "run.json")
     record = read_json(path)
     was = record.get("settings") if isinstance(record, dict) else None
     if not isinstance(was, dict):
         raise InputError(f"--resume: {path} names no settings; it was altered, or is of another "
                          "version; begin a new run")
-    for name, new in settings.items():
-        old = was.get(name)
-        if name == "algorithm" and isinstance(old, dict) and old != new:
-            name = next(key for key in {**new, **old} if new.get(key) != old.get(key))
-            old, new = old.get(name), new.get(name)
-        if old != new:
-            name = flag(name).removeprefix("--")
-            raise InputError(f"--resume: {name} was {old!r} when {out} began, and is {new!r} now; "
-                             "use what it was, or begin a new run")
+    switches = was.get("algorithm")
+    if not isinstance(switches, dict):
+        raise InputError(f"--resume: {path} names no algorithm; it was altered; begin a new run")
+    now = {**settings, **settings["algorithm"], "algorithm": None}
+    was = {**was, **switches, "algorithm": None}
+    for name in {**now, **was}:
+        old, new = was.get(name, defaults.get(name)), now.get(name)
+        is_gone = name not in now and name.isidentifier()
+        if old == new:
+            continue
+        name = flag(name).removeprefix("--")
+        if is_gone:
+            raise InputError(f"--resume: {name} was {old!r} when {out} began, and this version of "
+                             "the program has no such setting; use that version, or begin a new "
+                             "run")
+        raise InputError(f"--resume: {name} was {old!r} when {out} began, and is {new!r} now; "
+                         "use what it was, or begin a new run")
 
 
 def cut_log(path: str, step: int) -> None:
@@ -274,7 +325,7 @@ def cut_log(path: str, step: int) -> None:
             try:
                 if line.endswith(b"\n") and json.loads(line)["step"] <= step:
                     kept.append(line.decode())
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 pass
     with written_whole(path) as f:
         f.writelines(kept)

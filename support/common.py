@@ -50,6 +50,7 @@ def exit_cleanly(main) -> None:
     """Run a program. What a user can cause ends in one line on stderr and a status: 2 for bad
     input, 130 for Ctrl-C. Any other exception is a bug of ours, and keeps its traceback."""
     status = 0
+    forgive_streams()
     try:
         main()
     except InputError as e:
@@ -61,6 +62,8 @@ def exit_cleanly(main) -> None:
         sys.exit(1)
     except OSError as e:
         message, status = f"error: {e.filename or 'a file'}: {e.strerror or e}", 2
+    except MemoryError:
+        message, status = "error: out of memory; is one of the files far too large?", 2
     except SafetensorError as e:
         message, status = f"error: weights cannot be read or written ({e})", 2
     except RuntimeError as e:
@@ -71,6 +74,35 @@ def exit_cleanly(main) -> None:
     if status:
         print(message, file=sys.stderr)
     sys.exit(status)
+
+
+class Forgiving:
+    """A stream that may be full or gone: what cannot be written is lost, and the run goes on."""
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text) -> int:
+        with contextlib.suppress(OSError, ValueError):
+            return self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self.stream.flush()
+
+
+def forgive_streams() -> None:
+    """Letters that a terminal cannot show become escapes, and a stream that is closed swallows."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:    # 2>&-
+            stream = open(os.devnull, "w", encoding="utf-8")
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+        setattr(sys, name, Forgiving(stream) if name == "stderr" else stream)
 
 
 # ---- Devices -------------------------------------------------------------------------------------
@@ -115,27 +147,39 @@ def cpu_has_bf16() -> bool:
 @contextlib.contextmanager
 def written_whole(path: str):
     """A text file to write to. It is written beside and renamed: whole, or not there."""
-    with open(path + ".writing", "w", encoding="utf-8") as f:
+    beside = path + ".writing"
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(beside)    # it may be a link to a file of others
+    with open(beside, "x", encoding="utf-8") as f:
         yield f
-    os.replace(f.name, path)
+    os.replace(beside, path)
 
 
 @contextlib.contextmanager
 def replaced_folder(folder: str):
-    """A new folder to fill, which then takes the place of `folder`: never half of one."""
-    folder = folder.rstrip("/")
+    """A new folder to fill, which then takes the place of `folder`: never half of one. If `folder`
+    is a link, the one that it points to is replaced."""
+    folder = os.path.realpath(folder)
     beside = f"{folder}.writing"
-    shutil.rmtree(beside, ignore_errors=True)
+    remove(beside)
     os.makedirs(beside)
     yield beside
     if os.path.isdir(folder):
         old = f"{folder}.old"
-        shutil.rmtree(old, ignore_errors=True)
+        remove(old)
         os.rename(folder, old)
         os.rename(beside, folder)
         shutil.rmtree(old)
     else:
         os.rename(beside, folder)
+
+
+def remove(path: str) -> None:
+    """A folder with all that it holds, or a link; nothing if nothing is there."""
+    if os.path.islink(path):
+        os.remove(path)
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def read_json(path: str):
@@ -159,6 +203,8 @@ def read_records(path: str) -> Iterator[tuple[str, object]]:
     InputError with file and line."""
     if not os.path.isfile(path):
         what = "is a folder, not a file" if os.path.isdir(path) else "no such file"
+        if os.path.exists(path) and not os.path.isdir(path):
+            what = "not a regular file"
         raise InputError(f"{path}: {what}")
     try:
         opened = gzip.open(path, "rb") if path.endswith(".gz") else open(path, "rb")

@@ -311,7 +311,10 @@ def end_tokens(
     eos = special.get("eos_token")
     if not ids and eos is None:
         ids = end_ids(folder, "config.json", backend.get_vocab_size())
-    end_id = backend.token_to_id(eos) if eos else next(iter(ids), None)
+    try:
+        end_id = backend.token_to_id(eos) if eos else next(iter(ids), None)
+    except UnicodeEncodeError:    # half a surrogate pair
+        end_id = None
     if end_id is None:
         raise InputError(
             f"{folder}: no end token; tokenizer_config.json or special_tokens_map.json must name "
@@ -334,5 +337,18 @@ def copy_tokenizer(source: str, folder: str) -> None:
     """Tokenizer, template and generation files of a model folder."""
     os.makedirs(folder, exist_ok=True)
     for name in TOKENIZER_FILES:
-        if os.path.isfile(os.path.join(source, name)):
-            shutil.copyfile(os.path.join(source, name), os.path.join(folder, name))
+        path = os.path.join(source, name)
+        if os.path.isfile(path):
+            refuse_foreign(path)
+            shutil.copyfile(path, os.path.join(folder, name))
+
+
+def refuse_foreign(path: str) -> None:
+    """Raises InputError for a link to a file that is of no model: what we copy may be published."""
+    real = os.path.realpath(path)
+    in_cache = os.path.basename(os.path.dirname(real)) == "blobs"    # the hub's cache
+    is_json = path.endswith(".json") and os.path.basename(real).endswith(".json")
+    same_folder = os.path.dirname(real) == os.path.realpath(os.path.dirname(path))
+    if not (in_cache or is_json or same_folder):
+        raise InputError(f"{path}: is a link to {real}; put a copy of the file there if it belongs "
+                         "to the model")

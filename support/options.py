@@ -19,10 +19,10 @@ from gcpo import ALGORITHMS, Algorithm, switch
 from grader import GRADERS, Reward
 from support import parallel
 from support.checkpoint import sha256
-from support.common import InputError, as_flags, flag, one_line, pick_device
+from support.common import InputError, as_flags, flag, one_line, pick_device, remove
 from support.folders import TOKENIZER_FILES, weight_files
 from support.math_verify import MathVerify
-from support.toy import TOY, build_toy, toy_files
+from support.toy import TOY, build_toy, only_begun, toy_files
 
 
 @dataclass(frozen=True)
@@ -212,6 +212,8 @@ def check(config: Config) -> None:
         value = getattr(config, name)
         if not least <= value < math.inf:
             raise InputError(f"{flag(name)} {value}: must be {least} or more, and finite")
+        if isinstance(value, int) and value >= 2**63:
+            raise InputError(f"{flag(name)} {value}: too large")
     for name in ("temperature", "max_grad_norm"):
         value = getattr(config, name)
         if not 0 < value < math.inf:
@@ -224,8 +226,8 @@ def check(config: Config) -> None:
         raise InputError(f"--updates {config.updates}: each update needs a group, and there are "
                          f"--prompts {config.prompts}")
     taken = config.out and os.path.exists(config.out)
-    empty = taken and os.path.isdir(config.out) and not os.listdir(config.out)
-    if taken and not empty and not config.resume:
+    if taken and not config.resume and not (
+            os.path.isdir(config.out) and only_begun(config.out)):
         raise InputError(f"--out {config.out}: there is something already; name another folder, "
                          "remove it, or add --resume to go on with it")
     if config.show and (config.resume or config.out):
@@ -300,7 +302,7 @@ def load_reward(
     def checked(response, answer):
         try:
             value = float(function(response, answer))
-        except Exception as e:
+        except (Exception, SystemExit) as e:
             raise InputError(f"--reward {spec}: failed on response {response[:60]!r} "
                              f"({one_line(e)})") from None
         if not abs(value) <= torch.finfo(torch.float32).max:
@@ -348,8 +350,13 @@ def run_name(config: Config) -> str:
 
 def place_run(config: Config, algorithm: Algorithm) -> Config:
     """The config with `out` filled in, and with the toy's files if there is no model."""
+    parallel.refuse_difference(
+        {name: value for name, value in {**asdict(config), **asdict(algorithm)}.items()
+         if name not in MAY_DIFFER})
     stem = os.path.join("runs", f"{run_name(config)}-{algorithm.name}")
-    out = config.out or (latest_folder(stem) if config.resume else fresh_folder(stem))
+    out = config.out
+    if out is None and parallel.rank() == 0:
+        out = latest_folder(stem) if config.resume else fresh_folder(stem)
     out = parallel.from_first(out)
     if config.resume and not os.path.isfile(os.path.join(out, "run.json")):
         raise InputError(f"--resume: {out} holds no run (no run.json there); name the run with "
@@ -358,6 +365,7 @@ def place_run(config: Config, algorithm: Algorithm) -> Config:
     if config.model is None:
         folder = os.path.join(out, "toy")
         if parallel.rank() == 0 and not config.resume:
+            remove(folder)    # a run that was stopped as it began may have left one
             build_toy(folder, config.seed)
         parallel.from_first(None)    # the others wait until it is there
         config = replace(config, **toy_files(folder))
@@ -365,12 +373,15 @@ def place_run(config: Config, algorithm: Algorithm) -> Config:
 
 
 def fresh_folder(stem: str) -> str:
-    """runs/NAME, or runs/NAME-2, -3 … if it is taken."""
+    """runs/NAME, or runs/NAME-2, -3 … if it is taken. Made at once: another run may begin now."""
     name, n = stem, 1
-    while os.path.exists(name):
-        n += 1
-        name = f"{stem}-{n}"
-    return name
+    while True:
+        try:
+            os.makedirs(name)
+            return name
+        except FileExistsError:
+            n += 1
+            name = f"{stem}-{n}"
 
 
 def latest_folder(stem: str) -> str:
@@ -393,6 +404,10 @@ MAY_CHANGE = {
     "out", "resume", "show", "steps", "eval_every", "save_every", "keep", "max_bad_steps",
     "model", "data", "eval_data",
     "device", "threads", "shard", "rows", "rows_per_pass", "gradient_checkpointing"}
+
+
+# Of several processes these need not be the same.
+MAY_DIFFER = {"out", "model", "data", "eval_data", "device", "threads", "rows", "rows_per_pass"}
 
 
 def record_of(run) -> dict:

@@ -31,8 +31,14 @@ BUCKET = 2**25  # gradient elements that travel in one message
 
 def join() -> str | None:
     """Meet the other processes, if torchrun started us. Returns this process's device, or None."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    count = os.environ.get("WORLD_SIZE", "1")
+    if count == "1":
         return None
+    others = [os.environ.get(name, "") for name in ("RANK", "LOCAL_RANK", "MASTER_PORT")]
+    if not all(number.isdecimal() for number in (count, *others)):
+        raise InputError(f"WORLD_SIZE is {count!r} in the environment, and RANK, LOCAL_RANK or "
+                         "MASTER_PORT is no number: start several processes with torchrun, or "
+                         "unset WORLD_SIZE")
     on_gpu = torch.cuda.is_available()
     device = f"cuda:{os.environ['LOCAL_RANK']}" if on_gpu else "cpu"
     if on_gpu:
@@ -103,6 +109,17 @@ def all_gather(value) -> list:
 def all_sum(*numbers: int) -> list[int]:
     """Each number summed over the processes."""
     return [sum(column) for column in zip(*all_gather(numbers))]
+
+
+def refuse_difference(settings: dict) -> None:
+    """Raises InputError in every process if one of them has other settings than the first."""
+    everyone = all_gather(settings)
+    for number, others in enumerate(everyone):
+        for name in {**everyone[0], **others}:
+            ours, theirs = everyone[0].get(name), others.get(name)
+            if ours != theirs:
+                raise InputError(f"process {number} has {name.replace('_', '-')} {theirs!r}, and "
+                                 f"process 0 has {ours!r}; start all with the same flags and files")
 
 
 def from_first(value):

@@ -108,13 +108,15 @@ class Record:
         config, state = self.run.config, self.state
         best = state.best_step == state.step
         if self.due(config.save_every) or best or self.stop or self.give_up:
+            self.refuse_lost()
             save_checkpoint(config.out, self.run.master, self.run.optimizer, state,
                             self.tokenizer_files, config.keep)
         parallel.from_first(None)    # the others wait until it is written
         give_back_freed_memory()
 
     def end_if_need_be(self) -> None:
-        """Raises InputError after too many bad gradients, KeyboardInterrupt if asked to stop."""
+        """Raises InputError after too many bad gradients, or if there were no others;
+        KeyboardInterrupt if asked to stop."""
         state, out = self.state, self.run.config.out
         if self.give_up:
             raise InputError(
@@ -126,9 +128,32 @@ class Record:
 
     @property
     def give_up(self) -> bool:
-        return self.state.bad_steps >= self.run.config.max_bad_steps
+        only_bad = self.last and self.state.bad_steps == self.state.step
+        return only_bad or self.state.bad_steps >= self.run.config.max_bad_steps
 
     def save_model(self) -> None:
         """OUT/model. All processes must call this, as each may have a shard of the model."""
+        self.refuse_lost()
         folder = os.path.join(self.run.config.out, "model")
         save_model(self.run.master, folder, self.tokenizer_files, write=parallel.rank() == 0)
+
+    def refuse_lost(self) -> None:
+        """Raises InputError where nothing of use could be saved: the folder has gone, or the
+        weights are not finite."""
+        out = self.run.config.out
+        needed = ("run.json", os.path.join("tokenizer", "tokenizer.json"))
+        gone = [name for name in needed if not os.path.isfile(os.path.join(out, name))]
+        if gone and parallel.rank() == 0:
+            raise InputError(f"{os.path.join(out, gone[0])} has gone while the run went on; what "
+                             "was trained since the last checkpoint is lost")
+        finite = all(is_finite(p) for p in self.run.master.parameters())
+        [bad] = parallel.all_sum(int(not finite))
+        if bad:
+            raise InputError(f"step {self.state.step}: weights are not finite, so they are not "
+                             f"saved; try a lower --lr; {out}/checkpoints has the last good ones")
+
+
+def is_finite(parameter) -> bool:
+    """Of a shard: this process's part of it."""
+    local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+    return bool(local.isfinite().all())

@@ -4,6 +4,8 @@
 """
 from __future__ import annotations
 
+import glob
+import hashlib
 import json
 import math
 import os
@@ -20,7 +22,7 @@ import tokenizers
 import torch
 from tqdm import tqdm
 
-from gcpo import Group
+from gcpo import Algorithm, Group
 from support import parallel
 from support.checkpoint import (
     checkpoint_to_resume,
@@ -28,11 +30,12 @@ from support.checkpoint import (
     lock_folder,
     newest_checkpoint,
     refuse_changes,
+    sha256,
 )
 from support.common import flag, read_json, written_whole
 from support.folders import copy_tokenizer
 from support.memory import estimated_bytes
-from support.options import as_command, record_of, run_name
+from support.options import Config, as_command, record_of, run_name
 
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -46,10 +49,11 @@ def begin(run, given: dict) -> str | None:
     `given` are the flags that were given by hand. Raises InputError if a setting has changed."""
     out = run.config.out
     first = parallel.rank() == 0
-    settings = parallel.from_first(record_of(run) if first else None)
+    settings = record_of(run)
+    parallel.refuse_difference({**settings, "code": code_digest()})
     checkpoint = None
     if run.config.resume:
-        refuse_changes(out, settings)
+        refuse_changes(out, settings, {**asdict(Algorithm("")), **asdict(Config())})
         checkpoint = checkpoint_to_resume(out)
     os.makedirs(out, exist_ok=True)
     if not first:
@@ -142,6 +146,13 @@ def git_commit() -> str | None:
         return done.stdout.strip() or None
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def code_digest() -> str:
+    """Of the program's files: processes on several machines must run the same."""
+    files = sorted(glob.glob(f"{glob.escape(ROOT)}/*.py") +
+                   glob.glob(f"{glob.escape(ROOT)}/support/*.py"))
+    return hashlib.sha256("".join(map(sha256, files)).encode()).hexdigest()
 
 
 def say_how_to_resume(out: str) -> None:

@@ -18,7 +18,7 @@ import torch
 
 from model import Transformer, read_config, save_model
 from support import parallel
-from support.common import InputError
+from support.common import InputError, remove
 
 
 TOY = dict(
@@ -110,13 +110,26 @@ def toy_files(folder: str) -> dict:
             "eval_data": os.path.join(folder, "held_out.jsonl")}
 
 
+def only_begun(out: str) -> bool:
+    """Whether a folder holds nothing but what a run leaves that is stopped in its first seconds."""
+    if not set(os.listdir(out)) <= {"toy", "tokenizer", "run.json.writing"}:
+        return False
+    toy = os.path.join(out, "toy")
+    files = {"train.jsonl", "held_out.jsonl", "blank", "model", "model.writing"}
+    return not os.path.exists(toy) or set(os.listdir(toy)) <= files
+
+
 @contextlib.contextmanager
 def removed_on_error(config):
-    """A run that cannot begin leaves nothing: the toy that was built for it goes again."""
+    """A run that cannot begin leaves nothing: the toy that was built for it goes again, and the
+    folder if it is empty then."""
     try:
         yield
     except InputError:
-        ours = config.model == os.path.join(config.out or "", "toy", "model")
-        if ours and parallel.rank() == 0 and not config.resume:
-            shutil.rmtree(config.out)
+        if parallel.rank() == 0 and not config.resume:
+            if config.model == os.path.join(config.out, "toy", "model"):
+                remove(os.path.join(config.out, "toy"))
+            with contextlib.suppress(OSError):
+                os.rmdir(config.out)
+                os.rmdir("runs")    # if this was its first
         raise
