@@ -106,12 +106,29 @@ def read_runs(folders: list[str], merge_seeds: bool) -> dict[str, list[list[dict
 def read_run(folder: str) -> list[dict]:
     """The lines of a run's metrics."""
     path = os.path.join(folder, "metrics.jsonl")
+    rows = []
     try:
         with open(path, encoding="utf-8") as f:
-            # The last line may be half written, if the run still goes on.
-            return [json.loads(line) for line in f if line.endswith("\n")]
-    except (OSError, ValueError) as e:
-        fail(f"{folder}: not the folder of a run ({getattr(e, 'strerror', None) or e})")
+            for line in f:
+                if not line.endswith("\n"):    # half written: the run still goes on
+                    break
+                row = json.loads(line)
+                if not is_row(row):
+                    raise ValueError("no metrics of a step")
+                rows.append(row)
+    except OSError as e:
+        fail(f"{folder}: not the folder of a run ({e.strerror})")
+    except (ValueError, RecursionError) as e:
+        fail(f"{path}, line {len(rows) + 1}: {e}; it is of no run, or was altered")
+    return rows
+
+
+def is_row(row) -> bool:
+    """Whether it is a line as runs write them: numbers by name, one of them the step."""
+    if not isinstance(row, dict) or type(row.get("step")) is not int:
+        return False
+    return all(value is None or isinstance(value, (int, float)) and abs(value) < 1e300
+               for value in row.values())
 
 
 # ---- From logs to curves -------------------------------------------------------------------------
@@ -237,6 +254,7 @@ def draw_line(ax, line: Line, number: int, label: str, with_dots: bool) -> None:
         above = [y + error for y, error in zip(line.y, line.error)]
         ax.fill_between(line.x, below, above, color=colour, alpha=0.15, linewidth=0)
     marker = "o" if with_dots else None
+    label = label.replace("$", r"\$")    # no formula
     ax.plot(line.x, line.y, style, color=colour, label=label, linewidth=1.8, marker=marker,
             markersize=3)
 

@@ -249,7 +249,7 @@ def load_checkpoint(
             p = by_name[parameter]
             tensor = f.get_tensor(name)
             shape = torch.Size() if key == "step" else p.shape
-            refuse_moment(tensor, shape, key, f"{path}: {name}")
+            refuse_moment(tensor, shape, key, f"{path}/optimizer.safetensors: {name}")
             if tensor.dim():
                 moment = torch.empty_like(p)
             else:    # the number of steps
