@@ -275,9 +275,32 @@ def read_backend(folder: str) -> tokenizers.Tokenizer:
     except Exception as e:  # the library raises bare Exception
         reason = " ".join(str(e).split())[:200]
         raise InputError(f"{path}: not a readable tokenizer ({reason})") from None
+    refuse_growth(path)
     backend.no_truncation()    # some files were saved with truncation or padding on
     backend.no_padding()
     return backend
+
+
+LONGEST_GROWTH = 1000    # how many times longer a tokenizer's replacements may make a text
+
+
+def refuse_growth(path: str) -> None:
+    """Raises InputError for replacements that feed each other: forty of a by aa take for ever."""
+    growth = 1.0
+    spec = read_json(path)
+    parts = [spec.get(name) for name in ("normalizer", "pre_tokenizer", "decoder")]
+    while parts:
+        part = parts.pop()
+        if isinstance(part, list):
+            parts += part
+        elif isinstance(part, dict):
+            parts += [value for value in part.values() if isinstance(value, (list, dict))]
+            pattern, content = part.get("pattern"), part.get("content")
+            if isinstance(pattern, dict) and isinstance(content, str):
+                replaced = pattern.get("String") or "x"    # an expression: one letter or more
+                growth *= max(1.0, len(content) / len(replaced))
+    if growth > LONGEST_GROWTH:
+        raise InputError(f"{path}: its replacements can make a text {growth:.0e} times longer")
 
 
 def read_optional(folder: str, name: str) -> dict:

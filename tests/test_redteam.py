@@ -15,6 +15,7 @@ from helpers import read_json, write_json
 from safetensors.torch import load_file, save_file
 from test_train import ROOT, metrics_of, on_toy
 
+import fuzz
 import plot
 from data import Limits, Problem, load_tokenizer, prepare
 from model import load_model
@@ -398,6 +399,18 @@ def test_l2_a_tokenizer_that_panics(toy, tmp_path):
     refusal(lambda: load_tokenizer(str(folder)).encode_prompt(Problem("3", "3")), str(folder))
 
 
+@pytest.mark.parametrize("part", ["normalizer", "decoder"])
+def test_l3_a_tokenizer_that_never_ends(toy, tmp_path, part):
+    """Replacements that double a text forty times are refused. (Bug: an hour, or all memory.)"""
+    folder = shutil.copytree(toy["model"], tmp_path / "model")
+    spec = read_json(folder / "tokenizer.json")
+    double = {"type": "Replace", "pattern": {"String": "1"}, "content": "11"}
+    steps = "normalizers" if part == "normalizer" else "decoders"
+    spec[part] = {"type": "Sequence", steps: [double] * 40}
+    write_json(folder / "tokenizer.json", spec)
+    refusal(lambda: load_tokenizer(str(folder)), "tokenizer.json", "times longer")
+
+
 def test_l2_an_end_token_of_half_a_letter(toy, tmp_path):
     folder = shutil.copytree(toy["model"], tmp_path / "model")
     write_json(folder / "tokenizer_config.json", {"eos_token": "\ud800"})
@@ -426,6 +439,16 @@ def test_l18_a_pipe_as_data(toy, tmp_path):
     refusal(
         lambda: on_toy({**toy, "data": str(tmp_path / "data.jsonl")}, tmp_path / "run"),
         "not a regular file")
+
+
+# ---- At random -----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_mutated_files_end_in_one_line(seed):
+    """150 of the mutations of tests/fuzz.py, which tries 10,000."""
+    ends = fuzz.run(150, seed)
+    assert sum(counts["failed"] for counts in ends.values()) == 0
+    assert sum(counts["refused"] for counts in ends.values()) > 50
 
 
 # ---- plot.py -------------------------------------------------------------------------------------
