@@ -1,8 +1,10 @@
 """Runs that are killed, stopped, starved and lied to. Each fault is done, not simulated, to a
 process of its own.
 
-    python tests/test_faults.py            every fault, more often than the tests do, and a table
+    python tests/test_faults.py              every fault, more often than the tests do, and a table
+    python tests/test_faults.py --kills 200  kill -9 of the real command line, at any moment
 """
+import argparse
 import json
 import multiprocessing
 import os
@@ -10,6 +12,7 @@ import random
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -497,7 +500,72 @@ def print_table(folder):
     return lost
 
 
+class CommandLine(Program):
+    """train.py as a user starts it, on a toy of its own. One command starts it and starts it again;
+    with --resume once run.json is there."""
+    def __init__(self, folder):
+        self.out = os.path.join(folder, "out")
+        self.log = os.path.join(folder, "log")
+
+    def start(self):
+        command = [sys.executable, os.path.join(ROOT, "train.py"), *SETTINGS, "--out", self.out]
+        if self.has_begun():
+            command.append("--resume")
+        with open(self.log, "a") as log:
+            self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+
+    def ends_within(self, seconds):
+        """Its exit status, or None if it still ran then and was killed."""
+        try:
+            return self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+            return None
+
+
+def kill_command_lines(folder, count):
+    """At least `count` kills of runs, each killed up to six times and then left to end. Returns how
+    many runs were lost."""
+    draw = random.Random(count)
+    whole = CommandLine(folder)
+    began = time.time()
+    whole.start()
+    assert whole.ends_within(600) == 0, whole.said()
+    duration = time.time() - began
+    print(f"undisturbed, a run takes {duration:.1f} s")
+    kills = before_the_first_step = runs = lost = 0
+    while kills < count:
+        at = f"{folder}/{runs}"
+        os.makedirs(at)
+        run = CommandLine(at)
+        for _ in range(6):
+            run.start()
+            status = run.ends_within(draw.uniform(0, duration))
+            if status is not None:
+                break
+            kills += 1
+            before_the_first_step += not os.path.exists(f"{run.out}/metrics.jsonl")
+        else:
+            run.start()
+            status = run.ends_within(600)
+        try:
+            assert status == 0, run.said()
+            assert_same(run, whole)
+        except AssertionError as e:
+            print(f"run {runs}: {e}", file=sys.stderr)
+            lost += 1
+        runs += 1
+        shutil.rmtree(at)
+    print(f"{kills} kills of {runs} runs, {before_the_first_step} of them before there was a "
+          f"log; {lost} runs lost")
+    return lost
+
+
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=0)
+    args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        lost = print_table(folder)
+        lost = kill_command_lines(folder, args.kills) if args.kills else print_table(folder)
     sys.exit(bool(lost))
