@@ -209,8 +209,8 @@ def argument(token: Token, rest: deque[Token], command: str) -> list[Token]:
     if token.text in ("-", "+") and command in ("^", "_") and rest:    # x^-2
         taken.append(token)
         token = rest.popleft()
-    one_character = token.kind == "word" or command in (r"\frac", r"\binom")
-    if one_character and token.style != "text" and token.text.isalnum() and len(token.text) > 1:
+    is_digits = command in (r"\frac", r"\binom") and token.text.isdecimal()
+    if (is_digits or token.kind == "word") and token.style != "text" and len(token.text) > 1:
         rest.appendleft(token._replace(text=token.text[1:], glued=True))
         token = token._replace(text=token.text[0])
     brace = Token("sign", "{", "math", True)

@@ -3,6 +3,7 @@ import json
 import os
 
 import torch
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from model import Transformer, read_config
@@ -18,6 +19,11 @@ def read_json(path):
 def write_json(path, value):
     with open(path, "w", encoding="utf-8") as f:
         json.dump(value, f)
+
+
+def read_tensors(path):
+    """A safetensors file, copied: it may be written over, and load_file may have mapped it."""
+    return {name: tensor.clone() for name, tensor in load_file(path).items()}
 
 
 def relative(a, b):

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from helpers import write_json
+from helpers import read_tensors, write_json
 from model import Transformer, load_model, read_config
 from support.common import InputError, read_json
 
@@ -67,7 +67,7 @@ def shards(folder):
     This is no fault by itself.
     """
     path = os.path.join(folder, WEIGHTS)
-    tensors = load_file(path)
+    tensors = read_tensors(path)
     os.remove(path)
     names = sorted(tensors)
     parts = {
@@ -136,7 +136,7 @@ def weights(change):
     """model.safetensors after change(tensors)."""
     def spoil(folder):
         path = os.path.join(folder, WEIGHTS)
-        tensors = load_file(path)
+        tensors = read_tensors(path)
         change(tensors)
         tensors = {name: t.contiguous() for name, t in tensors.items()}
         save_weights(tensors, path)
@@ -197,7 +197,7 @@ def shard_outside(folder):
 def same_tensor_in_both_shards(folder):
     shards(folder)
     path = os.path.join(folder, "b.safetensors")
-    tensors = load_file(path)
+    tensors = read_tensors(path)
     tensors["lm_head.weight"] = torch.zeros(19, 8)
     save_file(tensors, path)
 

@@ -305,7 +305,7 @@ def not_finite(folder, whole):
     with one line and the weights as they were."""
     run = Program(folder, "--max-bad-steps", "3")
     path = os.path.join(run.toy["model"], "model.safetensors")
-    weights = load_file(path)
+    weights = {name: tensor.clone() for name, tensor in load_file(path).items()}
     # Finite, as a model folder must be; what it computes is not.
     weights["model.layers.1.mlp.down_proj.weight"].fill_(3e38)
     save_file(weights, path, metadata={"format": "pt"})

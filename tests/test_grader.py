@@ -1020,8 +1020,8 @@ PIECES = [
     "\n", "\r", "\u2028", "\0", " ",
     "0", "1", "23", "4,5", "e9", "\u00b2", "\u0663", "\uff15",
     ",", ".", "/", "-", "--", "\u2212", "$", "%", "**", "_", "=", "(", ")", "!",
-    "x", "inf", "nan", "\ud83d",
-    "\\", "\\frac{1}{0}", "-\\frac{", "\\text{",
+    "x", "inf", "nan", "\ud83d", "1e5", "1.5", "\\sqrt", "^", "_2", "or", "cm", "th",
+    "\\", "\\frac{1}{0}", "-\\frac{", "\\frac", "\\text{", "[", "\\{", "\\}", "%", "\\%",
 ]
 JOINED_PIECES = st.lists(st.sampled_from(PIECES), max_size=30).map("".join)
 ANY_TEXT = st.one_of(JOINED_PIECES, st.text())
