@@ -4,6 +4,8 @@
 """
 from __future__ import annotations
 
+import contextlib
+import json
 import math
 import re
 import string
@@ -44,6 +46,8 @@ def read_fields(record) -> Fields:
             raise Unusable("it has choices beside chat messages; write them into the message")
         return Fields(question + "\n" + "\n".join(lines), answer, solution)
     answer, solution = read_answer(fields, record, solution)
+    if solution is not None and solution.strip("$ \n") in (answer, f"\\boxed{{{answer}}}"):
+        solution = None    # it is the bare answer, and no way to it
     if "body" in fields:
         answer = re.sub(r"^([^();]+?)\s*\([^()]*\)$", r"\1", answer)    # ASDiv: 9 (apples)
     return Fields(question, answer, solution)
@@ -134,9 +138,9 @@ def answer_in(solution: str, may_be_bare: bool) -> tuple[str, str | None]:
 
 
 def split_gsm8k(text: str) -> tuple[str, str]:
-    """The way and the answer after its last ####."""
+    """The way, and the answer after its last ####: one line, though MetaMath writes more."""
     way, _, answer = text.rpartition("####")
-    return way.strip(), answer.strip()
+    return way.strip(), answer.strip().partition("\n")[0].strip()
 
 
 def text_of(value, name: str) -> str:
@@ -146,6 +150,9 @@ def text_of(value, name: str) -> str:
     text = as_text(value)
     if text is None:
         raise Unusable(f"its {name} is {what_it_is(value)}")
+    if text.startswith('["'):    # Skywork-OR1: a list, as text
+        with contextlib.suppress(ValueError):
+            return text_of(json.loads(text), name)
     boxed = last_boxed(text) if "\\boxed" in text else None
     return text if boxed is None else boxed.strip()
 
@@ -182,6 +189,7 @@ def read_choices(fields: dict) -> tuple[list[str], str]:
     if choices is None or not 2 <= len(choices) <= 26:
         raise Unusable(f"its {name} are of no known form (a list of texts, or letters with texts)")
     letters = string.ascii_uppercase[:len(choices)]
+    labels = labels_of_choices(fields[name], letters)
     lines = [f"({letter}) {text}" for letter, text in zip(letters, choices)]
     given = next((fields[key] for key in LETTER if key in fields), None)
     if isinstance(given, bool) or not isinstance(given, (int, str)):
@@ -189,15 +197,23 @@ def read_choices(fields: dict) -> tuple[list[str], str]:
     right = set()
     if isinstance(given, int) and 0 <= given < len(choices):
         right.add(letters[given])    # counted from 0
-    letter = re.fullmatch(r"\(?([A-Za-z])\)?[.:]?", str(given).strip())
-    if letter and letter[1].upper() in letters:
-        right.add(letter[1].upper())
+    letter = re.fullmatch(r"\(?([A-Za-z0-9])\)?[.:]?", str(given).strip())
+    if isinstance(given, str) and letter and letter[1].upper() in labels:
+        right.add(letters[labels.index(letter[1].upper())])
     elif str(given).strip() in choices:
         right.add(letters[choices.index(str(given).strip())])
     if len(right) != 1:
         found = "none" if not right else "more than one"
         raise Unusable(f"its answer {given!r} names {found} of its {name}")
     return lines, right.pop()
+
+
+def labels_of_choices(choices, letters: str) -> list[str]:
+    """The labels that the record itself gives to its choices (ARC has 1 to 4), or else letters."""
+    given = choices.get("label") if isinstance(choices, dict) else None
+    if isinstance(given, list) and len(given) == len(letters) == len(set(map(str, given))):
+        return [str(label).upper() for label in given]
+    return list(letters)
 
 
 def texts_of_choices(choices) -> list[str] | None:

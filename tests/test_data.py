@@ -158,6 +158,40 @@ FORMATS = {
         "42",
         "6*7 = 42.",
     ),
+    "dapo, processed": (
+        {
+            "prompt": "Q?",
+            "solution": "34",
+            "source_prompt": CHAT,
+            "reward_model": {"ground_truth": "34", "style": "rule"},
+        },
+        "Q?",
+        "34",
+        None,
+    ),
+    "skywork": ({"prompt": CHAT, "reward_model": {"ground_truth": '["3"]'}}, CHAT, "3", None),
+    "metamath, gsm": (
+        {"query": "Q?", "response": "Way.\n#### 3\nThe answer is: 3"}, "Q?", "3", "Way."),
+    "arc, numbered": (
+        {
+            "question": "Q?",
+            "choices": {"text": ["sun", "moon"], "label": ["1", "2"]},
+            "answerKey": "2",
+        },
+        "Q?\n(A) sun\n(B) moon",
+        "B",
+        None,
+    ),
+    "labels in another order": (
+        {
+            "question": "Q?",
+            "choices": {"text": ["sun", "moon"], "label": ["B", "A"]},
+            "answerKey": "A",
+        },
+        "Q?\n(A) sun\n(B) moon",
+        "B",
+        None,
+    ),
     "trl, bare": ({"prompt": CHAT, "solution": "$42$"}, CHAT, "$42$", None),
     "trl, boxed": ({"prompt": "Q?", "solution": NESTED}, "Q?", r"\frac{1}{\sqrt{2}}", NESTED),
     "ground_truth": ({"prompt": "Q?", "ground_truth": "42"}, "Q?", "42", None),
@@ -395,6 +429,7 @@ LEFT_OUT = {
     "no answer in the solution": ({"problem": "Q?", "solution": "Clear."}, "no answer in its sol"),
     "solution in a list": ({"problem": "Q?", "solution": ["\\boxed{5}"]}, "no answer"),
     "answers": ({"question": "Q?", "answer": ["3", "4"]}, "its answer is a list of 2"),
+    "answers as text": ({"question": "Q?", "answer": '["3", "4"]'}, "its answer is a list of 2"),
     "answers, verl": (
         {"prompt": "Q?", "reward_model": {"ground_truth": ["3", "4"]}},
         "its reward_model.ground_truth is a list of 2",
