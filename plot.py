@@ -47,8 +47,11 @@ def main():
     for ax in axes[len(panels):]:
         ax.set_visible(False)
     add_legend(figure, axes, len(panels))
-    figure.savefig(args.out, dpi=130)
-    print(f"wrote {args.out}")
+    try:
+        figure.savefig(args.out, dpi=130)
+    except OSError as e:
+        fail(f"--out {args.out}: cannot be written ({e.strerror})")
+    print(f"wrote {ascii(args.out)[1:-1]}")
 
 
 def parse_arguments() -> argparse.Namespace:

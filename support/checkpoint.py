@@ -283,8 +283,9 @@ def lock_folder(folder: str) -> None:
         import fcntl
         fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise InputError(f"{folder}: another process is training there; wait for it, or name "
-                         "another folder with --out") from None
+        raise InputError(f"{folder}: another process is training there; wait for it, end it (the "
+                         "workers of a torchrun that was killed go on), or name another folder "
+                         "with --out") from None
     except (ImportError, OSError):
         pass    # Windows, or a file system without locks
 

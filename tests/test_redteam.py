@@ -473,6 +473,16 @@ def test_l7_a_log_that_is_none(tmp_path, capsys, line):
     assert "line 2" in capsys.readouterr().err
 
 
+def test_l7_a_picture_that_cannot_be_written(finished, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    os.symlink("/dev/full", tmp_path / "a.svg")
+    monkeypatch.setattr(sys, "argv", ["plot.py", finished, "--out", str(tmp_path / "a.svg")])
+    with pytest.raises(SystemExit) as end:
+        plot.main()
+    assert end.value.code == 2
+    assert "cannot be written" in capsys.readouterr().err
+
+
 def test_l7_a_run_named_like_a_formula(finished, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     folder = shutil.copytree(finished, tmp_path / r"a$\foo$b")
