@@ -84,7 +84,7 @@ PRINTS = (
     "exit_cleanly(main)\n")
 
 
-@pytest.mark.parametrize("redirect", ["", "2>&-", "2>/dev/full"])
+@pytest.mark.parametrize("redirect", ["2>&-", "2>/dev/full"])
 def test_m2_m10_l16_output_that_cannot_be_written(redirect):
     """What a stream cannot take does not end a program. (Bugs: an accuracy lost at its ±; a run
     that ends because stderr is closed, or full.)"""
@@ -445,10 +445,10 @@ def test_l18_a_pipe_as_data(toy, tmp_path):
 
 @pytest.mark.parametrize("seed", [1, 2])
 def test_mutated_files_end_in_one_line(seed):
-    """150 of the mutations of tests/fuzz.py, which tries 10,000."""
-    ends = fuzz.run(150, seed)
+    """Some of the mutations of tests/fuzz.py, which tries 10,000."""
+    ends = fuzz.run(100, seed)
     assert sum(counts["failed"] for counts in ends.values()) == 0
-    assert sum(counts["refused"] for counts in ends.values()) > 50
+    assert sum(counts["refused"] for counts in ends.values()) > 40
 
 
 # ---- plot.py -------------------------------------------------------------------------------------
