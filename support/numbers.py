@@ -158,36 +158,36 @@ def sentences(tokens: list[Token]) -> Iterator[list[Token]]:
 def agrees(sentence: list[Token], number: Number, may_repeat_it: bool) -> bool:
     """Whether a sentence is talk, with sums that come to the number, and perhaps the number."""
     talk = []
-    arithmetic = []    # a run of digits and signs
+    for tokens in runs(sentence):
+        has_number = any(token.kind == "number" for token in tokens)
+        is_unit = has_number and tokens[0].kind == "word" and tokens[0].text not in ARITHMETIC
+        if is_unit or not has_number:
+            talk += tokens
+        elif not comes_to(tokens, number, may_repeat_it):
+            return False
+    return is_talk(talk)
+
+
+def runs(sentence: list[Token]) -> Iterator[list[Token]]:
+    """Runs of digits and signs, and the words between them. A unit and its power stay together."""
+    run = []
     at = 0
     while at < len(sentence):
         token = sentence[at]
-        unit_end = read_unit(sentence, at)[1]
         if token.kind == "number" or token.text in ARITHMETIC:
-            arithmetic.append(token)
+            run.append(token)
             at += 1
             continue
-        if not comes_to(arithmetic, number, may_repeat_it):
-            return False
-        if not has_digits(arithmetic):
-            talk += arithmetic
-        arithmetic = []
-        end = max(unit_end, at + 1)
-        talk += sentence[at:end]
+        yield run
+        run = []
+        end = max(read_unit(sentence, at)[1], at + 1)
+        yield sentence[at:end]
         at = end
-    if not has_digits(arithmetic):
-        talk += arithmetic
-    return comes_to(arithmetic, number, may_repeat_it) and is_talk(talk)
-
-
-def has_digits(tokens: list[Token]) -> bool:
-    return any(token.kind == "number" for token in tokens)
+    yield run
 
 
 def comes_to(arithmetic: list[Token], number: Number, may_be_alone: bool) -> bool:
-    """Whether the number is what a sum comes to; without digits there is nothing to come to."""
-    if not has_digits(arithmetic):
-        return True
+    """Whether the number is what a sum comes to."""
     is_sum = any(token.text == "=" for token in arithmetic[1:])
     return (is_sum or may_be_alone) and names_number(
         bare(arithmetic), lambda side: side.value == number.value)
