@@ -40,10 +40,15 @@ def one_line(e: BaseException) -> str:
     return " ".join(f"{type(e).__name__}: {e}".split())[:200]
 
 
-def is_out_of_memory(e: RuntimeError) -> bool:
+def is_out_of_memory(e: BaseException | None) -> bool:
     """On a CPU, running out of memory has no exception class of its own."""
-    words = ("DefaultCPUAllocator", "could not create a primitive", "bad_alloc")
-    return isinstance(e, torch.OutOfMemoryError) or any(word in str(e) for word in words)
+    words = ("DefaultCPUAllocator", "could not create a primitive", "bad_alloc",
+             "CUBLAS_STATUS_ALLOC_FAILED")
+    while e is not None:    # while a CUDA graph is recorded, another error covers the first
+        if isinstance(e, torch.OutOfMemoryError) or any(word in str(e) for word in words):
+            return True
+        e = e.__context__
+    return False
 
 
 def exit_cleanly(main) -> None:
@@ -107,17 +112,22 @@ def forgive_streams() -> None:
 
 # ---- Devices -------------------------------------------------------------------------------------
 
+# cuDNN's attention returns NaN gradients for some masked shapes (pytorch#196678), and plans every
+# new shape anew. Without it PyTorch takes its memory-efficient kernel.
+torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 def pick_device(name: str) -> torch.device:
     """`auto` is the first GPU if there is one. Raises InputError for a device that is not there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device).item()
+        torch.empty(1, dtype=torch.float64, device=device).item()    # Apple's mps has no float64
         if device.type == "cuda" and device.index is not None:
             torch.cuda.set_device(device)    # CUDA graphs are recorded on the current device
         return device
-    except (RuntimeError, AssertionError, NotImplementedError) as e:
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as e:
         reason = str(e).splitlines()[0]
         raise InputError(f"--device {name}: cannot be used ({reason})") from None
 

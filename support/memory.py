@@ -107,7 +107,7 @@ def estimated_bytes(run) -> float:
 def peak_bytes(device: torch.device) -> float:
     """Most memory in use so far: PyTorch's on a GPU, else this process's resident memory."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+        return torch.cuda.max_memory_reserved(device)    # what recorded steps hold, too
     try:
         import resource
     except ImportError:  # not on Windows

@@ -337,6 +337,9 @@ def set_up_process(config: Config) -> torch.device:
                          "starts N")
     if own_device and config.device == "auto":
         return pick_device(own_device)
+    if own_device and config.device.startswith("cuda"):
+        raise InputError(f"--device {config.device}: under torchrun each process takes a GPU of "
+                         "its own; leave out --device")
     return pick_device(config.device)
 
 

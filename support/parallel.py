@@ -40,6 +40,9 @@ def join() -> str | None:
                          "MASTER_PORT is no number: start several processes with torchrun, or "
                          "unset WORLD_SIZE")
     on_gpu = torch.cuda.is_available()
+    if on_gpu and int(others[1]) >= torch.cuda.device_count():
+        raise InputError(f"--nproc-per-node: there is a process number {others[1]} on this "
+                         f"machine, and {torch.cuda.device_count()} GPUs; start one process a GPU")
     device = f"cuda:{os.environ['LOCAL_RANK']}" if on_gpu else "cpu"
     if on_gpu:
         torch.cuda.set_device(device)

@@ -81,6 +81,11 @@ def begin(run, given: dict) -> str | None:
 def warn(run) -> None:
     """Warn if the run would not be what its name says."""
     data, name = run.config.data, run.algorithm.name
+    on_gpu = run.master.device.type == "cuda"
+    if on_gpu and run.policy.dtype == torch.float32 and run.config.updates > 1:
+        print("note: with several --updates a sequence ratio needs float32, and on a GPU that is "
+              "several times slower than bfloat16; --updates 1, --level token or wider clip "
+              "ranges with --dtype bfloat16 avoid it", file=sys.stderr)
     if run.algorithm.gold_when != "never" and all(p.gold_ids is None for p in run.problems):
         why = "--answer-only-gold makes gold of bare answers"
         if run.notes.counts["gold_not_used"]:

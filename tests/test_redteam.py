@@ -21,9 +21,11 @@ from data import Limits, Problem, load_tokenizer, prepare
 from model import load_model
 from support import parallel
 from support.checkpoint import checkpoints, cut_log, digest_of, newest_checkpoint, refuse_changes
-from support.common import Forgiving, InputError, exit_cleanly, replaced_folder, written_whole
+from support.common import (
+    Forgiving, InputError, exit_cleanly, is_out_of_memory, pick_device, replaced_folder,
+    written_whole)
 from support.folders import copy_tokenizer
-from support.options import Config, check, fresh_folder, load_reward
+from support.options import Config, check, fresh_folder, load_reward, set_up_process
 
 
 def refusal(call, *words):
@@ -490,3 +492,48 @@ def test_l7_a_run_named_like_a_formula(finished, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["plot.py", str(folder), "--out", str(tmp_path / "a.png")])
     plot.main()
     assert os.path.getsize(tmp_path / "a.png") > 0
+
+
+# ---- GPUs, as far as a CPU can pretend -----------------------------------------------------------
+
+def test_more_processes_than_gpus(monkeypatch):
+    """A process without a GPU of its own is refused in one line. (Bug: a traceback of CUDA's.)"""
+    for name, value in (("WORLD_SIZE", "4"), ("RANK", "2"), ("LOCAL_RANK", "2"),
+                        ("MASTER_PORT", "1")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    refusal(parallel.join, "--nproc-per-node", "process number 2", "2 GPUs")
+
+
+def test_one_gpu_named_for_all_processes(monkeypatch):
+    """--device cuda:0 under torchrun is refused. (Bug: all processes on one GPU.)"""
+    monkeypatch.setattr(parallel, "join", lambda: "cuda:1")
+    refusal(lambda: set_up_process(Config(device="cuda:0")), "--device cuda:0", "torchrun")
+
+
+def test_a_device_without_float64(monkeypatch):
+    """A device that cannot do what the sampler needs is refused before a model is loaded. (Bug:
+    --device mps, and a TypeError at the first sampling.)"""
+    def empty(*size, dtype=None, device=None):
+        raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+
+    monkeypatch.setattr(torch, "empty", empty)
+    refusal(lambda: pick_device("mps"), "--device mps", "float64")
+
+
+def test_memory_that_runs_out_while_a_step_is_recorded():
+    """The error that ends a recording covers the one that matters. (Bug: a traceback.)"""
+    try:
+        try:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        finally:
+            raise RuntimeError("cudaErrorStreamCaptureInvalidated")
+    except RuntimeError as e:
+        assert is_out_of_memory(e)
+    assert not is_out_of_memory(RuntimeError("something else"))
+
+
+def test_cudnn_attention_is_off():
+    """(Bug: NaN gradients for some masked shapes, pytorch#196678.)"""
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
