@@ -317,12 +317,14 @@ def prepare(
 
 
 def refuse_without_question(prompt: str, problem: Problem, tokenizer: Tokenizer) -> None:
-    """Raises InputError for a chat template that leaves out what is asked: all prompts were one."""
+    """Raises InputError for a chat template that leaves out what is asked: all prompts were one.
+    (Not for a single word, which a template may write in its own way.)"""
     question = problem.question
     if not isinstance(question, str):
         question = [m["content"] for m in question if m["role"] == "user"][-1]
-    missing = [word for word in re.findall(r"\w+", question) if word not in prompt]
-    if missing:
+    words = re.findall(r"\w+", question)
+    missing = [word for word in words if word not in prompt]
+    if 2 * len(missing) > len(words):
         raise InputError(f"{tokenizer.template_from}: the chat template leaves out {missing[0]!r} "
                          f"of the question of {problem.source or 'a problem'}")
 
