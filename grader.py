@@ -205,14 +205,15 @@ def last_number(text: str) -> str | None:
 
 # ---- Whether two answers are the same ------------------------------------------------------------
 
-DEEPEST = 5          # lists in lists
+DEEPEST = 5    # lists in lists
+# A reference that holds one of these is a formula, and its single letters are variables.
 MATHEMATICS = re.compile(r"\\(?![$%])|[\^_=$]")
 
 
 def same(answer: str, reference: str, in_box: bool = False) -> bool:
     """Whether an answer is the reference. Not symmetric: the reference decides what may be left
     out."""
-    named = PHRASE.split(reference)[-1]
+    named = PHRASE.split(reference)[-1]    # "answer: 5"
     reference = reference if is_empty(named) else named
     in_math = MATHEMATICS.search(reference) is not None
     return equal(read_tokens(answer, in_box), read_tokens(reference, in_math))
