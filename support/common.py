@@ -247,8 +247,9 @@ def read_parquet(path: str) -> Iterator[tuple[str, object]]:
     try:
         import pyarrow
         from pyarrow import parquet
-    except ImportError:
-        raise InputError(f"{path}: Parquet needs pyarrow (pip install pyarrow)") from None
+    except ImportError as e:
+        raise InputError(
+            f"{path}: Parquet needs pyarrow (pip install pyarrow; {one_line(e)})") from None
     try:
         row = 0
         for batch in parquet.ParquetFile(path).iter_batches(batch_size=1000):

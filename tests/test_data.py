@@ -502,7 +502,8 @@ def test_parquet(tmp_path, monkeypatch):
 
     (Bug: the hub's data sets, which are Parquet, cannot be read.)
     """
-    pyarrow = pytest.importorskip("pyarrow")
+    # The newest pyarrow wants a newer NumPy than we do.
+    pyarrow = pytest.importorskip("pyarrow", exc_type=ImportError)
     from pyarrow import parquet
 
     rows = [
