@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from gcpo import Group
-from grader import GRADERS, Reward, doubt, grade, is_empty, last_boxed
+from grader import (
+    GRADERS, Reward, doubt, extract_answer, grade, is_empty, last_boxed, same)
 from support.chat import find_template, read_template_args, render, turn_end
 from support.common import InputError, one_line, read_records
 from support.folders import end_tokens, read_backend, read_optional, special_tokens
@@ -129,7 +130,9 @@ def parse_record(record, answer_format: str, answer_only_gold: bool, source: str
     elif solution:
         gold = re.sub(r"<<[^<>\n]*>>", "", solution).strip()    # GSM8K's calculator notes
         ends_well = answer_format == "boxed" and last_boxed(gold) and grade(gold, answer, "boxed")
-        if not ends_well:
+        named = last_boxed(gold) or extract_answer(gold.rpartition("\n")[2])
+        contradicts = named is not None and not same(named, answer)    # `prepare` will say so
+        if not ends_well and not contradicts:
             gold = f"{gold}\n{final}"
     else:
         gold = final if answer_only_gold else None
@@ -173,6 +176,7 @@ class Tokenizer:
         if self.template is None:
             return None
         after = turn_end(self.template, self.variables, self.template_from)
+        after = re.sub(r"^(?:\s*</?think>)+", "", after)    # that ends no turn
         first = self.encode([after.lstrip()], False)[0][:1]
         return first[0] if first and first[0] in self.backend.get_added_tokens_decoder() else None
 

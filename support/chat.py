@@ -66,7 +66,7 @@ variables = {"tools": None, "documents": None, **job["variables"]}
 try:
     template = environment.from_string(job["template"])
     texts = [render(messages) for messages in job["conversations"]]
-    if sum(map(len, texts)) > 10**5 * len(texts):
+    if sum(map(len, texts)) > 10**5 * len(texts) + 4 * len(json.dumps(job["conversations"])):
         raise TemplateError("it writes over 100,000 characters a prompt")
     json.dump({"texts": texts}, sys.stdout)
 except MemoryError:

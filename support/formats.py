@@ -23,6 +23,14 @@ CHOICES = ("choices", "options")                                    # MMLU, AQuA
 LETTER = ("answer", "answerkey", "correct", "target")               # of the right choice
 
 
+# Texts that a question speaks of, and that go before it.
+BEFORE_QUESTION = ("context", "passage", "article", "story", "premise", "table")
+# Choices in forms that we do not read: they are never dropped.
+OTHER_CHOICES = re.compile(
+    r"[a-d]|option[_ ]?[a-e1-5]|endings|candidates|answer_choices|choice|multiple_choices?"
+    r"|distractors?\d*|incorrect[_ ]answers?(?: \d)?|mc[12]_targets|multiple_choice_targets")
+
+
 class Unusable(Exception):
     """Why a record cannot be used."""
 
@@ -38,6 +46,7 @@ def read_fields(record) -> Fields:
     if not isinstance(record, dict):
         raise Unusable(f"the record is {what_it_is(record)}, not a JSON object")
     fields = {str(name).lower(): value for name, value in record.items() if value is not None}
+    refuse_what_would_be_dropped(fields)
     question = read_question(fields, record)
     solution = read_solution(fields)
     if any(fields.get(name) for name in CHOICES):
@@ -46,6 +55,8 @@ def read_fields(record) -> Fields:
             raise Unusable("it has choices beside chat messages; write them into the message")
         return Fields(question + "\n" + "\n".join(lines), answer, solution)
     answer, solution = read_answer(fields, record, solution)
+    if fields.get("is_correct") is False:    # OpenMathInstruct
+        solution = None
     if solution is not None and solution.strip("$ \n") in (answer, f"\\boxed{{{answer}}}"):
         solution = None    # it is the bare answer, and no way to it
     if "body" in fields:
@@ -55,8 +66,30 @@ def read_fields(record) -> Fields:
 
 # ---- Question ------------------------------------------------------------------------------------
 
+def refuse_what_would_be_dropped(fields: dict) -> None:
+    """Raises Unusable for choices, pictures and texts that belong to the question and that we
+    cannot put into it."""
+    unknown = [name for name in fields if OTHER_CHOICES.fullmatch(name)]
+    if unknown and not any(fields.get(name) for name in CHOICES):
+        raise Unusable(f"it has {unknown[0]}, which is no known form of choices; name them "
+                       "choices, a list of texts")
+    for name in fields:
+        is_text = isinstance(fields[name], str)
+        if re.fullmatch(r"(?:decoded_)?images?(?:_\d+)?", name) and fields[name]:
+            raise Unusable(f"it has {name}, and we read text only")
+        if name in BEFORE_QUESTION and fields[name] and not is_text:
+            raise Unusable(f"its {name} is {what_it_is(fields[name])}, not text")
+
+
+def first_filled(fields: dict, names: tuple[str, ...]) -> str | None:
+    """The first of these fields that is not empty; or else the first that is there."""
+    there = [name for name in names if name in fields]
+    filled = [name for name in there if as_text(fields[name]) or isinstance(fields[name], list)]
+    return next(iter(filled + there), None)
+
+
 def read_question(fields: dict, record: dict) -> str | list:
-    name = next((name for name in QUESTION if name in fields), None)
+    name = first_filled(fields, QUESTION)
     if name is None:
         raise Unusable(f"fields {', '.join(map(str, record)) or 'none'} are of no known format: no "
                        f"question (looked for: {', '.join(QUESTION)})")
@@ -67,6 +100,10 @@ def read_question(fields: dict, record: dict) -> str | list:
     if text is None:
         raise Unusable(f"its {name} is {what_it_is(question)}")
     body = as_text(fields.get("body"))
+    before = [as_text(fields.get(key)) for key in BEFORE_QUESTION if key != name]
+    if name == "input":    # Alpaca's; MAWPS has no instruction
+        before.append(as_text(fields.get("instruction")))
+    text = "\n".join([part for part in before if part] + [text])
     return f"{body} {text}" if body else text
 
 
@@ -103,7 +140,11 @@ def read_answer(fields: dict, record: dict, solution: str | None) -> tuple[str, 
     model = fields.get("reward_model")    # verl, DAPO
     if isinstance(model, dict) and model.get("ground_truth") is not None:
         return text_of(model["ground_truth"], "reward_model.ground_truth"), solution
-    name = next((name for name in ANSWER if name in fields), None)
+    name = first_filled(fields, ANSWER)
+    extra = fields.get("extra_info")
+    if name is None and isinstance(extra, dict) and "####" in str(extra.get("answer")):
+        way, answer = split_gsm8k(extra["answer"])
+        return text_of(answer, "answer after #### in extra_info"), way
     if name is not None:
         answer = text_of(fields[name], name)
         if "####" not in answer:
@@ -138,9 +179,14 @@ def answer_in(solution: str, may_be_bare: bool) -> tuple[str, str | None]:
 
 
 def split_gsm8k(text: str) -> tuple[str, str]:
-    """The way, and the answer after its last ####: one line, though MetaMath writes more."""
-    way, _, answer = text.rpartition("####")
-    return way.strip(), answer.strip().partition("\n")[0].strip()
+    """The way, and the answer after its last ####: one line, though MetaMath writes more. Where
+    #### is a heading, the answer is what the grader finds, and the way is all of it."""
+    way, _, below = text.rpartition("####")
+    line = below.strip().partition("\n")[0].strip()
+    named = extract_answer(text)
+    if named is None or named == extract_answer(f"#### {line}"):
+        return way.strip(), line
+    return text.strip(), named
 
 
 def text_of(value, name: str) -> str:
@@ -165,9 +211,10 @@ def as_text(value) -> str | None:
         return None
     if isinstance(value, float) and not math.isfinite(value):
         return None
-    if isinstance(value, float) and not value.is_integer():
-        return format(Decimal(repr(value)), "f")
-    return str(int(value))
+    if isinstance(value, float):    # 15 digits: 0.3 for 0.30000000000000004
+        text = format(Decimal(f"{value:.15g}"), "f")
+        return "0" if text == "-0" else text
+    return str(value)
 
 
 def what_it_is(value) -> str:
@@ -195,12 +242,15 @@ def read_choices(fields: dict) -> tuple[list[str], str]:
     if isinstance(given, bool) or not isinstance(given, (int, str)):
         raise Unusable(f"it has {name}, and no right one among {', '.join(LETTER)}")
     right = set()
-    if isinstance(given, int) and 0 <= given < len(choices):
+    has_labels = labels != list(letters)
+    if isinstance(given, int) and has_labels and str(given) in labels:
+        right.add(letters[labels.index(str(given))])
+    elif isinstance(given, int) and 0 <= given < len(choices):
         right.add(letters[given])    # counted from 0
     letter = re.fullmatch(r"\(?([A-Za-z0-9])\)?[.:]?", str(given).strip())
     if isinstance(given, str) and letter and letter[1].upper() in labels:
         right.add(letters[labels.index(letter[1].upper())])
-    elif str(given).strip() in choices:
+    if str(given).strip() in choices:
         right.add(letters[choices.index(str(given).strip())])
     if len(right) != 1:
         found = "none" if not right else "more than one"
@@ -232,4 +282,6 @@ def texts_of_choices(choices) -> list[str] | None:
     if all(re.match(rf"\(?{letter}[).:]", text) for letter, text in
            zip(string.ascii_uppercase, texts)):
         texts = [re.sub(r"^\(?[A-Z][).:]\s*", "", text) for text in texts]
+    elif any(re.match(r"\(?[A-Z][).]\s", text) for text in texts):    # in another order
+        return None
     return texts

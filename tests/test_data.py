@@ -192,6 +192,39 @@ FORMATS = {
         "B",
         None,
     ),
+    "headings in a solution": (
+        {"problem": "Q?", "solution": "#### Step 1\nAdd.\n#### Step 2\nSo $\\boxed{42}$."},
+        "Q?",
+        "42",
+        "#### Step 1\nAdd.\n#### Step 2\nSo $\\boxed{42}$.",
+    ),
+    "verl, without ground truth": (
+        {"prompt": "Q?", "extra_info": {"answer": "The answer is 24.\nIn all:\n#### 72"}},
+        "Q?",
+        "72",
+        "The answer is 24.\nIn all:",
+    ),
+    "context": ({"context": "Let T = 5.", "question": "T + 1?", "answer": 6}, "Let T = 5.\nT + 1?",
+                "6", None),
+    "alpaca": ({"instruction": "Add.", "input": "3 and 4", "answer": "7"}, "Add.\n3 and 4", "7",
+               None),
+    "empty beside filled": (
+        {"problem": "Q?", "question": " ", "answer": "", "final_answer": "42"}, "Q?", "42", None),
+    "float noise": ({"question": "Q?", "answer": 0.30000000000000004}, "Q?", "0.3", None),
+    "large float": ({"question": "Q?", "answer": 1e23}, "Q?", "1" + "0" * 23, None),
+    "openmath, wrong": (
+        {"question": "Q?", "expected_answer": "3", "is_correct": False,
+         "generated_solution": "so \\boxed{4}."},
+        "Q?",
+        "3",
+        None,
+    ),
+    "numbers as labels": (
+        {"question": "Q?", "choices": {"text": ["7 m", "6 m"], "label": [1, 2]}, "answerKey": 2},
+        "Q?\n(A) 7 m\n(B) 6 m",
+        "B",
+        None,
+    ),
     "trl, bare": ({"prompt": CHAT, "solution": "$42$"}, CHAT, "$42$", None),
     "trl, boxed": ({"prompt": "Q?", "solution": NESTED}, "Q?", r"\frac{1}{\sqrt{2}}", NESTED),
     "ground_truth": ({"prompt": "Q?", "ground_truth": "42"}, "Q?", "42", None),
@@ -429,6 +462,17 @@ LEFT_OUT = {
     "no answer in the solution": ({"problem": "Q?", "solution": "Clear."}, "no answer in its sol"),
     "solution in a list": ({"problem": "Q?", "solution": ["\\boxed{5}"]}, "no answer"),
     "answers": ({"question": "Q?", "answer": ["3", "4"]}, "its answer is a list of 2"),
+    "choices as fields": (
+        {"question": "Q?", "A": "4", "B": "7", "answer": "B"}, "no known form of choices"),
+    "options as fields": (
+        {"question": "Q?", "option_a": "4", "option_b": "7", "answer": "B"}, "it has option_a"),
+    "distractors": ({"question": "Q?", "answer": "4", "distractor1": "5"}, "it has distractor1"),
+    "choices out of order": (
+        {"question": "Q?", "options": ["B) 7", "A) 4"], "answer": "B"}, "no known form"),
+    "choices that are letters": (
+        {"question": "Q?", "choices": ["B", "A", "AB"], "answer": "A"}, "more than one"),
+    "a picture": ({"question": "Q?", "image": {"bytes": "x"}, "answer": 1}, "it has image"),
+    "context in a list": ({"question": "Q?", "context": ["a"], "answer": 1}, "its context is a"),
     "answers as text": ({"question": "Q?", "answer": '["3", "4"]'}, "its answer is a list of 2"),
     "answers, verl": (
         {"prompt": "Q?", "reward_model": {"ground_truth": ["3", "4"]}},
@@ -524,6 +568,21 @@ def test_parquet(tmp_path, monkeypatch):
     refusal(lambda: read_problems(broken), broken, "cannot be read")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     refusal(lambda: read_problems(path), path, "pip install pyarrow")
+
+
+def test_a_solution_that_names_another_answer_is_no_gold(tmp_path):
+    """A solution whose own answer is not the record's is noted, and its gold not used.
+
+    (Bug: a gold that says 4, with 3 written after it.)
+    """
+    tokenizer = load_tokenizer(make_folder(tmp_path), instruction="")
+    for i, solution in enumerate(("so \\boxed{4}.", "so\nthe answer is: 4")):
+        record = {"question": "Q?", "solution": solution, "answer": "3"}
+        problems = read_problems(write(tmp_path / f"{i}.jsonl", jsonl(record)))
+        notes = Notes()
+        [problem] = prepare(problems, tokenizer, Limits(40, 100), notes=notes)
+        assert problem.gold_ids is None
+        assert notes.counts["gold_not_used"] == 1
 
 
 def test_notes_count_what_run_json_does_not_list(tmp_path):
