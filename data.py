@@ -130,13 +130,21 @@ def parse_record(record, answer_format: str, answer_only_gold: bool, source: str
     elif solution:
         gold = re.sub(r"<<[^<>\n]*>>", "", solution).strip()    # GSM8K's calculator notes
         ends_well = answer_format == "boxed" and last_boxed(gold) and grade(gold, answer, "boxed")
-        named = last_boxed(gold) or extract_answer(gold.rpartition("\n")[2])
-        contradicts = named is not None and not same(named, answer)    # `prepare` will say so
-        if not ends_well and not contradicts:
+        if not ends_well and not names_another(gold, answer):    # else `prepare` will say so
             gold = f"{gold}\n{final}"
     else:
         gold = final if answer_only_gold else None
     return Problem(question, answer, gold, source)
+
+
+def names_another(solution: str, answer: str) -> bool:
+    """Whether the solution's own last box, or the answer on its last line, is not the answer."""
+    named = last_boxed(solution)
+    if named is None:
+        named = extract_answer(solution.rpartition("\n")[2])
+        if named is None or "=" in named:    # a sum with units is beyond the grader
+            return False
+    return not same(named, answer)
 
 
 # ---- Prompts and responses as token ids ----------------------------------------------------------
