@@ -46,6 +46,11 @@ def strftime_now(form):  # a fixed day: a run must not depend on when it is made
 MARK = chr(0xE000) * 3  # stands after the words of a turn that is to go on
 
 def render(messages):
+    if job["after"]:
+        user, assistant, *later = messages
+        messages = [user, {**assistant, "content": assistant["content"] + MARK}, *later]
+        text = template.render(messages=messages, add_generation_prompt=False, **variables)
+        return text.rpartition(MARK)[2]
     if messages[-1]["role"] != "assistant":
         return template.render(messages=messages, add_generation_prompt=True, **variables)
     *before, last = messages
@@ -53,8 +58,7 @@ def render(messages):
     text = template.render(messages=messages, add_generation_prompt=False, **variables)
     if MARK not in text:
         raise TemplateError("it does not write the assistant's words")
-    words, _, after = text.rpartition(MARK)
-    return after if job["after"] else words
+    return text.rpartition(MARK)[0]
 
 job = json.load(sys.stdin)
 environment = ImmutableSandboxedEnvironment(
@@ -122,13 +126,19 @@ def render(
 
 
 def turn_end(template: str, variables: dict, where: str) -> str:
-    """What the template writes after an assistant's message; empty if it writes none."""
-    conversation = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
-    job = {"template": template, "conversations": [conversation], "variables": variables}
-    try:
-        return run_child({**job, "after": True}, where)[0]
-    except InputError:    # if it is of no use at all, the first prompt will say so
-        return ""
+    """What the template writes after an assistant's message; empty if it writes none. Qwen1.5's
+    writes nothing after the last, and GLM-4's begins the next turn: so another may follow."""
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"},
+             {"role": "user", "content": "Hu"}]
+    for conversation in (turns[:2], turns):
+        job = {"template": template, "conversations": [conversation], "variables": variables}
+        try:
+            [after] = run_child({**job, "after": True}, where)
+        except InputError:    # if it is of no use at all, the first prompt will say so
+            continue
+        if after.strip():
+            return after
+    return ""
 
 
 def run_child(job: dict, where: str) -> list[str]:

@@ -1070,6 +1070,34 @@ def test_the_token_that_ends_a_turn(tmp_path, turn, end):
     assert tokenizer.encode_response("#### 4")[-1] == end
 
 
+# name: template, end token
+LATER_TURN_ENDS = {
+    "between turns": (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}"
+        "{% if not loop.last %}<|end|>{% endif %}{% endfor %}",
+        END,
+    ),
+    "the next header": (
+        "{% for m in messages %}{% if m.role == 'user' %}<|end|>{% endif %}{{ m.content }}"
+        "{% endfor %}",
+        END,
+    ),
+    "thoughts closed": (
+        "{% for m in messages %}{{ m.content }}</think><|end|>{% endfor %}", END),
+}
+
+
+@pytest.mark.parametrize("template, end", by_name(LATER_TURN_ENDS))
+def test_the_token_that_ends_a_turn_before_another(tmp_path, template, end):
+    """A template that ends a turn only where another follows is asked with another.
+
+    (Bug: Qwen1.5 and GLM-4, whose responses run on into turns of their own.)
+    """
+    tokenizer = load_tokenizer(make_folder(tmp_path, {**EOS_CONFIG, "chat_template": template}))
+    assert tokenizer.end_id == end
+    assert EOS in tokenizer.stop_ids
+
+
 def test_more_stop_tokens(tmp_path):
     """--stop-token adds tokens; one that is no token is refused."""
     folder = make_folder(tmp_path)
