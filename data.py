@@ -134,6 +134,11 @@ def parse_record(record, answer_format: str, answer_only_gold: bool, source: str
             gold = f"{gold}\n{final}"
     else:
         gold = final if answer_only_gold else None
+    try:
+        "".join([str(question), answer, gold or ""]).encode()
+        "".join(m["content"] for m in question if isinstance(m, dict)).encode()
+    except UnicodeEncodeError:
+        raise Unusable("it holds half of a letter (a lone surrogate)") from None
     return Problem(question, answer, gold, source)
 
 
@@ -199,7 +204,16 @@ class Tokenizer:
         return found
 
     def prompt_texts(self, problems: list[Problem]) -> list[str]:
-        """Each question with the instruction, in the model's chat form, if it has a template."""
+        """Each question with the instruction, in the model's chat form, if it has a template.
+        Raises InputError if the template refuses one."""
+        texts = self.rendered(problems)
+        for text in texts:
+            if isinstance(text, InputError):
+                raise text
+        return texts
+
+    def rendered(self, problems: list[Problem]) -> list[str | InputError]:
+        """`prompt_texts`, but with an InputError in place of a text that the template refuses."""
         conversations = [self.conversation(p.question) for p in problems]
         if self.template is not None:
             return render(self.template, conversations, self.variables, self.template_from)
@@ -300,11 +314,19 @@ def prepare(
     for first in range(0, len(problems), PART):
         part = problems[first:first + PART]
         new = {id(p.question): p for p in part if id(p.question) not in prompts}.values()
-        texts = tokenizer.prompt_texts(list(new))
+        texts = tokenizer.rendered(list(new))
+        refused = {id(p.question): t for p, t in zip(new, texts) if isinstance(t, InputError)}
+        if refused and len(refused) == len(texts):
+            raise texts[0]
+        new = [problem for problem in new if id(problem.question) not in refused]
+        texts = [text for text in texts if isinstance(text, str)]
         for problem, text, prompt in zip(new, texts, tokenizer.encode_texts(texts)):
             refuse_without_question(text, problem, tokenizer)
             prompts[id(problem.question)] = prompt, opened_by(problem.question, text)
         for problem in part:
+            if id(problem.question) in refused:
+                notes.add("left_out", problem.source, str(refused[id(problem.question)]))
+                continue
             prompt, opened = prompts[id(problem.question)]
             if not 1 <= len(prompt) <= limits.positions - limits.new_tokens:
                 too_long.append(
@@ -324,7 +346,8 @@ def prepare(
                 notes.add("doubtful", problem.source, doubtful)
             kept.append(problem)
     if problems and not kept:
-        raise InputError(f"{problems[0].source}: {too_long[0]}; no problem is left")
+        why = too_long[0] if too_long else "the chat template cannot be used for it"
+        raise InputError(f"{problems[0].source}: {why}; no problem is left")
     return kept
 
 

@@ -69,10 +69,18 @@ environment.filters["tojson"] = to_json
 variables = {"tools": None, "documents": None, **job["variables"]}
 try:
     template = environment.from_string(job["template"])
-    texts = [render(messages) for messages in job["conversations"]]
+    texts, errors = [], {}
+    for i, messages in enumerate(job["conversations"]):
+        try:
+            texts.append(render(messages))
+        except MemoryError:
+            raise
+        except Exception as e:    # of this conversation: a role it does not know
+            texts.append("")
+            errors[i] = " ".join(f"{type(e).__name__}: {e}".split())[:300]
     if sum(map(len, texts)) > 10**5 * len(texts) + 4 * len(json.dumps(job["conversations"])):
         raise TemplateError("it writes over 100,000 characters a prompt")
-    json.dump({"texts": texts}, sys.stdout)
+    json.dump({"texts": texts, "errors": errors}, sys.stdout)
 except MemoryError:
     json.dump({"error": "it needs too much memory"}, sys.stdout)
 except Exception as e:
@@ -118,9 +126,10 @@ def read_template_args(text: str | None) -> dict:
 
 def render(
     template: str, conversations: list[list[dict]], variables: dict, where: str,
-) -> list[str]:
+) -> list[str | InputError]:
     """Each conversation through the chat template, with the assistant's turn opened; a turn of the
-    assistant's that stands last is left open. Raises InputError, which names the file `where`."""
+    assistant's that stands last is left open. In place of one that the template refuses stands an
+    InputError, which names the file `where`. Raises it for a template that cannot be used."""
     job = {"template": template, "conversations": conversations, "variables": variables}
     return run_child({**job, "after": False}, where)
 
@@ -136,12 +145,12 @@ def turn_end(template: str, variables: dict, where: str) -> str:
             [after] = run_child({**job, "after": True}, where)
         except InputError:    # if it is of no use at all, the first prompt will say so
             continue
-        if after.strip():
+        if isinstance(after, str) and after.strip():
             return after
     return ""
 
 
-def run_child(job: dict, where: str) -> list[str]:
+def run_child(job: dict, where: str) -> list[str | InputError]:
     try:
         # -I: or a json.py of the current folder would run, which may be a stranger's.
         done = subprocess.run(
@@ -156,4 +165,7 @@ def run_child(job: dict, where: str) -> list[str]:
         raise InputError(f"{where}: the chat template could not be rendered ({reason})") from None
     if "error" in result:
         raise InputError(f"{where}: the chat template cannot be used ({result['error']})")
-    return result["texts"]
+    texts = result["texts"]
+    for i, error in result["errors"].items():
+        texts[int(i)] = InputError(f"{where}: the chat template cannot be used ({error})")
+    return texts

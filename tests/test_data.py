@@ -1452,6 +1452,44 @@ def test_prompts_are_rendered_in_parts(tmp_path, monkeypatch):
     assert texts == [f"<Question {i}>" for i in range(8)]
 
 
+def test_half_a_letter_is_left_out(tmp_path):
+    """A record with a lone surrogate is left out, by its line. (Bug: it refuses the file.)"""
+    lines = ['{"question": "Q?", "answer": 1}', '{"question": "Q \\ud83d?", "answer": 1}']
+    notes = Notes()
+    path = write(tmp_path / "a.jsonl", "\n".join(lines) + "\n")
+    assert len(read_problems(path, notes=notes)) == 1
+    assert "line 2: it holds half of a letter" in notes.lines["left_out"][0]
+
+
+def test_a_problem_that_the_template_refuses_is_left_out(tmp_path):
+    """A template that raises on one record refuses that one, by its line, and not the file.
+
+    (Bug: Gemma's, which knows no system message, and one such record among 100,000.)
+    """
+    template = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        "<{{ messages[0].content }}>"
+    )
+    folder = make_folder(tmp_path, template_file=template)
+    tokenizer = load_tokenizer(folder, instruction="")
+    lines = [{"prompt": question, "answer": 1} for question in ("Q?", CHAT, "R?")]
+    path = write(tmp_path / "a.jsonl", jsonl(*lines))
+    notes = Notes()
+    kept = prepare(read_problems(path), tokenizer, Limits(20, 100), notes=notes)
+    assert [p.question for p in kept] == ["Q?", "R?"]
+    [line] = notes.lines["left_out"]
+    assert line.startswith(f"{path}, line 2: ")
+    assert "no system" in line
+    strict = Notes(strict=True)
+    refusal(
+        lambda: prepare(read_problems(path), tokenizer, Limits(20, 100), notes=strict),
+        f"{path}, line 2",
+        "--strict",
+    )
+    alone = read_problems(write(tmp_path / "b.jsonl", jsonl(lines[1])))
+    refusal(lambda: prepare(alone, tokenizer, Limits(20, 100)), "chat_template.jinja", "no system")
+
+
 def test_a_repeated_question_is_rendered_once(tmp_path, monkeypatch):
     """DAPO's file has each problem a hundred times. All are kept, with one prompt between them.
 
@@ -1462,8 +1500,8 @@ def test_a_repeated_question_is_rendered_once(tmp_path, monkeypatch):
     lines = [{"question": f"Question {i % 3}", "answer": i} for i in range(12)]
     problems = read_problems(write(tmp_path / "a.jsonl", jsonl(*lines)))
     rendered = []
-    texts_of = tokenizer.prompt_texts
-    tokenizer.prompt_texts = lambda some: rendered.extend(some) or texts_of(some)
+    texts_of = tokenizer.rendered
+    tokenizer.rendered = lambda some: rendered.extend(some) or texts_of(some)
     monkeypatch.setattr(data, "PART", 5)
     kept = prepare(problems, tokenizer, Limits(20, 100))
     assert [p.answer for p in kept] == [str(i) for i in range(12)]
