@@ -227,7 +227,8 @@ class Tokenizer:
         """The question as messages, with the instruction in the user's last one."""
         if isinstance(question, str):
             question = [{"role": "user", "content": question}]
-        messages = [dict(m) for m in question]
+        # Parquet gives every message the keys of all, null where it has none.
+        messages = [{k: v for k, v in m.items() if v is not None} for m in question]
         if self.instruction:
             last = [m for m in messages if m["role"] == "user"][-1]
             last["content"] += f"\n{self.instruction}"

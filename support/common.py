@@ -256,7 +256,7 @@ def read_parquet(path: str) -> Iterator[tuple[str, object]]:
             for record in batch.to_pylist():
                 row += 1
                 yield f"{path}, row {row}", record
-    except pyarrow.ArrowException as e:
+    except (pyarrow.ArrowException, OverflowError) as e:    # a date that Python does not have
         raise InputError(f"{path}: cannot be read ({one_line(e)})") from None
 
 

@@ -1452,6 +1452,14 @@ def test_prompts_are_rendered_in_parts(tmp_path, monkeypatch):
     assert texts == [f"<Question {i}>" for i in range(8)]
 
 
+def test_null_keys_of_messages_do_not_reach_the_template(tmp_path):
+    """Keys that Parquet adds to a message are no keys of it. (Bug: "(None)" in a prompt.)"""
+    template = "{{ messages[0].content }}{% if messages[0].name is defined %}!{% endif %}"
+    tokenizer = load_tokenizer(make_folder(tmp_path, template_file=template), instruction="")
+    message = {"role": "user", "content": "Q?", "name": None}
+    assert tokenizer.prompt_texts([Problem([message], "4")]) == ["Q?"]
+
+
 def test_half_a_letter_is_left_out(tmp_path):
     """A record with a lone surrogate is left out, by its line. (Bug: it refuses the file.)"""
     lines = ['{"question": "Q?", "answer": 1}', '{"question": "Q \\ud83d?", "answer": 1}']
