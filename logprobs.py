@@ -5,7 +5,7 @@ Three rules make it fast, and exact:
     a prompt runs once for all responses of its group, which read its keys and values;
     padding never runs: rows of different lengths are laid end to end, and only attention puts
     each token back in its row (support/ragged.py: Ragged says each token's row and column, and
-    pads or flattens; RaggedAttention attends);
+    pads or flattens; `ragged_attention` attends);
     logits never exist as a whole: the last layer goes chunk by chunk, in forward and in backward.
 
     token_logprobs      one prompt, its responses: for tests and for your own code
@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model import Transformer
-from support.ragged import Ragged, RaggedAttention
+from support.ragged import Ragged, ragged_attention
 
 
 # ---- Prompts -------------------------------------------------------------------------------------
@@ -71,7 +71,7 @@ def encode_prompts(model: Transformer, prompts: list[Tensor]) -> Prefix:
     """Run each prompt (P,) once, all of them in one forward pass."""
     lengths = lengths_of(prompts, model.device)
     ragged = Ragged(lengths, max(len(p) for p in prompts))
-    attention = RaggedAttention(lengths, model.config.num_attention_heads)
+    attention = ragged_attention(model, lengths)
     keys = {}      # by layer: gradient checkpointing calls `attend` again, and must not append
     values = {}
 
@@ -118,8 +118,7 @@ def score_responses(
     tokens = responses[inputs.rows, inputs.columns]                             # (M,)
     positions = prompt_lengths[prompt_of[inputs.rows]] + inputs.columns         # (M,)
     longer = lengths > 1                   # a row of one token has no input of its own
-    attention = RaggedAttention(
-        lengths[longer] - 1, model.config.num_attention_heads, prompt_lengths, prompt_of[longer])
+    attention = ragged_attention(model, lengths[longer] - 1, prompt_lengths, prompt_of[longer])
 
     if apart:
         last = prompts.last
@@ -154,7 +153,7 @@ def run_with_prompts(
     """Prompts and response tokens (M,) in one pass -> prompts' last (B, D), hidden (M, D)."""
     lengths = lengths_of(prompts, tokens.device)
     ragged = Ragged(lengths, int(lengths.max()))
-    read_prompts = RaggedAttention(lengths, model.config.num_attention_heads)
+    read_prompts = ragged_attention(model, lengths)
     sizes = [len(ragged.index), len(tokens)]
 
     def attend(layer, q, k, v):
@@ -189,7 +188,9 @@ def token_logprobs(
 
 # ---- The last layer ------------------------------------------------------------------------------
 
-LOGITS_AT_ONCE = 2**24  # 64 MiB in fp32: large enough for fast products, little beside activations
+# Of one chunk, by device: as many as fast products need, and little beside activations. 64 MiB in
+# fp32 on a CPU; 512 MiB on a GPU (`bench.py update`).
+LOGITS_AT_ONCE = {"cpu": 2**24, "cuda": 2**27}
 
 
 class LinearLogprobs(torch.autograd.Function):
@@ -201,7 +202,7 @@ class LinearLogprobs(torch.autograd.Function):
     """
     @staticmethod
     def chunks(hidden, weight):
-        size = max(1, LOGITS_AT_ONCE // len(weight))
+        size = max(1, LOGITS_AT_ONCE[weight.device.type] // len(weight))
         return [slice(i, i + size) for i in range(0, len(hidden), size)]
 
     @staticmethod

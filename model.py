@@ -76,10 +76,10 @@ def rope_frequencies(config: ModelConfig, device: torch.device) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x (N, heads, T, d) turned by its position; cos and sin (N, 1, T, d). The first half of d is
-    one coordinate of each pair, the second half the other."""
+    """x (N, heads, T, d) turned by its position; cos and sin (N, 1, T, d), sin with its first half
+    negated. The first half of d is one coordinate of each pair, the second half the other."""
     a, b = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-b, a], dim=-1) * sin
+    return torch.addcmul(x * cos, torch.cat([b, a], dim=-1), sin)
 
 
 def causal_attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -188,9 +188,9 @@ class Transformer(nn.Module):
         x = self.embed_tokens(tokens)                                          # (N, T, D)
         frequencies = rope_frequencies(self.config, tokens.device)             # (d/2,)
         angles = positions[:, None, :, None] * frequencies                     # (N, 1, T, d/2)
-        angles = torch.cat([angles, angles], dim=-1)                           # (N, 1, T, d)
-        cos = angles.cos().to(x.dtype)
-        sin = angles.sin().to(x.dtype)
+        cos, sin = angles.cos(), angles.sin()
+        cos = torch.cat([cos, cos], dim=-1).to(x.dtype)                        # (N, 1, T, d)
+        sin = torch.cat([-sin, sin], dim=-1).to(x.dtype)                       # (N, 1, T, d)
         for block in self.layers:
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, cos, sin, attend, use_reentrant=False)

@@ -28,11 +28,11 @@ import torch
 from torch import Tensor
 
 from gcpo import Group
-from logprobs import encode_prompts
+from logprobs import Prefix, encode_prompts
 from model import Transformer
 from support.cpu import packed_weights
-from support.gpu import StepRecorder
-from support.memory import Cache, round_up, rounding_on, rows_that_fit
+from support.gpu import RECORDED_ROWS, RowCaches, StepRecorder, has_flash
+from support.memory import Cache, round_up, rows_that_fit
 
 
 PREFILL_TOKENS = 4096  # prompts that enter together run together, up to so many tokens
@@ -78,14 +78,18 @@ def choose_token(
 
     The cumulative sum goes in two levels, over blocks of 128 tokens and inside one block, in
     float64: more exact than one fp32 sum over V, at a fraction of its cost."""
-    logits = logits.float()
     if temperature == 0:
         token = logits.argmax(-1)
-        return token, logits.log_softmax(-1).gather(1, token[:, None])[:, 0]
-    probs = (logits / temperature).softmax(-1)                      # (N, V)
+        logprobs = logits.log_softmax(-1, dtype=torch.float32)
+        return token, logprobs.gather(1, token[:, None])[:, 0]
+    if temperature != 1:
+        logits = logits.float() / temperature
+    probs = logits.softmax(-1, dtype=torch.float32)                 # (N, V)
     likely = restrict_to_top(probs, top_p, top_k)
     N, V = probs.shape
-    blocks = torch.nn.functional.pad(likely, (0, -V % 128)).view(N, -1, 128)
+    if V % 128:
+        likely = torch.nn.functional.pad(likely, (0, -V % 128))
+    blocks = likely.view(N, -1, 128)
     block, rest = inverse_cdf(blocks.sum(-1).double(), u)           # (N,) each
     inside = blocks[torch.arange(N, device=u.device), block]        # (N, 128)
     token = block * 128 + inverse_cdf(inside.double(), rest)[0]
@@ -121,146 +125,48 @@ class Response(NamedTuple):
     finished: bool      # by a stop token
 
 
-# ---- The batch in flight -------------------------------------------------------------------------
+# ---- Keys and values -----------------------------------------------------------------------------
 
-class Batch:
-    """Rows that are being sampled, and the keys and values they attend to.
+class Step(NamedTuple):
+    """The rows of one decoding step, whose tokens have not run yet."""
+    row: Tensor              # (N,) 0 … N − 1
+    at: Tensor               # (N,) column of the token in its response
+    prompt_length: Tensor    # (N,)
+    cell: Tensor             # (N,) seat · G + place, see Batch
+    seats: int               # B
 
-    row     a response that is being sampled: 0 … N − 1, compact; the last takes a leaver's number
-    seat    a prompt in flight, 0 … B − 1, compact likewise; its keys and values are stored by seat
-    place   a row's number in its group, 0 … G − 1
-    cell    seat · G + place: leads from a row to its prompt
 
-        G = 2      place 0   place 1        prompt cache     own cache, by row
-        seat 0      row 0     row 3         P columns        row 0   cell 0   T columns
-        seat 1      row 1       –           P columns        row 1   cell 2
-        seat 2      row 4     row 2         P columns        row 2   cell 5
-                                                             row 3   cell 1
-        (– : a row that has ended)                           row 4   cell 4
+class GroupCaches:
+    """Keys and values of the prompts, by seat, and of the rows' own tokens, by row.
 
-    Seats and cells serve one end: a prompt's keys are read once for all its rows (see `attention`,
-    and skip it at first). Keys lie transposed, (…, d, columns), as the score product wants them.
-    Decoding works on fixed tensors, which a GPU can replay; what the host must know is in lists."""
-    def __init__(
-        self, model: Transformer, rows: int, seats: int, group_size: int, max_new_tokens: int,
-        sampling: Sampling,
-    ):
-        device = model.device
+    A prompt's keys are read once for all the rows of its group (on a CPU 0.4 ms a layer at 64 rows,
+    against 2.0 if each row reads its own copy). Keys lie transposed, (…, d, columns), as the score
+    product wants them. Where there is FlashAttention, gpu.RowCaches stands in its place."""
+    def __init__(self, model: Transformer, rows: int, seats: int, group_size: int):
         self.model = model
-        self.device = device
-        self.sampling = sampling
         self.G = group_size
-        self.max_rows = rows
         self.max_seats = seats
-        self.rounding = rounding_on(device)
-        self.recorder = StepRecorder() if device.type == "cuda" else None
-
-        # On the device: keys and values, numbers of each seat, and numbers of each row. Rows that
-        # are not alive have the cell after the last seat's.
         self.of_prompts = Cache(model, seats)    # .k (seats, K, d, P), .v (seats, K, P, d)
         self.own = Cache(model, rows)            # .k (rows, K, d, T), .v (rows, K, T, d)
 
-        def zeros(*shape, dtype=torch.int64):
-            return torch.zeros(shape, dtype=dtype, device=device)
+    def make_room(self, prompt: int, response: int) -> None:
+        """For so many columns of prompts and of responses."""
+        self.of_prompts.resize(prompt)
+        self.own.resize(response)
 
-        self.prompt_length = zeros(seats + 1)    # one more, for rows that are not alive
-        self.cell = zeros(rows) + seats * group_size
-        self.length = zeros(rows)                # tokens so far
-        self.ended = zeros(rows, dtype=torch.bool)
-        self.tokens = zeros(rows, max_new_tokens)
-        self.logprobs = zeros(rows, max_new_tokens, dtype=torch.float32)
-        self.uniforms = zeros(rows, max_new_tokens, dtype=torch.float64)
-        self.stop_ids = torch.tensor(sorted(sampling.stop_ids), dtype=torch.int64, device=device)
-
-        # On the host
-        self.now = 0                             # tokens decoded since the beginning
-        self.rows: list[Row] = []                # those alive
-        self.alive_in: list[int] = []            # of each seat: its rows alive
-        self.seat_lengths: list[int] = []        # of each seat: its prompt's length
-
-    def count(self, row: int) -> int:
-        """Tokens of a row so far."""
-        return self.now - self.rows[row].entered + 1
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the row that has most."""
-        return self.now - min(row.entered for row in self.rows) + 1
-
-    def resize(self, cache: Cache, length: int) -> None:
-        moved = cache.resize(length)
-        if moved and self.recorder:
-            self.recorder.forget()
-
-    def add_token(self, logits: Tensor, rows: slice) -> None:
-        """Choose the next token of some rows from their logits (N, V)."""
-        s = self.sampling
-        at = self.length[rows]                                               # (N,)
-        index = torch.arange(rows.start, rows.stop, device=self.device)      # (N,)
-        token, logprob = choose_token(
-            logits, self.uniforms[index, at], s.temperature, s.top_p, s.top_k)
-        self.tokens[index, at] = token
-        self.logprobs[index, at] = logprob
-        self.length[rows] += 1
-        self.ended[rows] |= (token[:, None] == self.stop_ids).any(1)
-
-    def prefill(self, entering: list[int], prompts: list[Tensor], uniforms: Tensor) -> None:
-        """Seat prompts that wait: run each (P,) once, and give its G rows their first token.
-
-        `entering` are the prompts' numbers; uniforms (rows, T)."""
-        prefix = encode_prompts(self.model, prompts)
-        P = max(len(p) for p in prompts)
-        first_seat, first_row = len(self.alive_in), len(self.rows)
-        seats = slice(first_seat, first_seat + len(prompts))
-        rows = slice(first_row, first_row + len(uniforms))
-        self.seat_lengths += [len(p) for p in prompts]
-        self.alive_in += [self.G] * len(prompts)
-        self.rows += [Row(i, place, self.now) for i in entering for place in range(self.G)]
-
-        self.resize(self.of_prompts, max(self.seat_lengths))
+    def enter(self, prefix: Prefix, seats: slice, rows: slice) -> None:
+        """Prompts that have run take their seats."""
+        P = prefix.keys[0].shape[2]
         for layer, (k, v) in enumerate(zip(prefix.keys, prefix.values)):     # (B, K, P, d) each
             self.of_prompts.k[layer][seats, :, :, :P] = k.transpose(2, 3)
             self.of_prompts.v[layer][seats, :, :P] = v
-        self.prompt_length[seats] = prefix.lengths
-        self.cell[rows] = torch.arange(
-            seats.start * self.G, seats.stop * self.G, device=self.device)
-        self.length[rows] = 0
-        self.ended[rows] = False
-        self.uniforms[rows] = uniforms.to(self.device)
-        logits = self.model.logits(prefix.last)                              # (B, V)
-        self.add_token(logits.repeat_interleave(self.G, dim=0), rows)
 
-    def decode(self, count: int) -> None:
-        """`count` more tokens for every row, without asking the device for anything."""
-        self.resize(self.own, self.longest + count - 1)
-        # Rows that are not alive advance too, if the batch is filled up: set them back so that they
-        # never index past the cache.
-        self.length[len(self.rows):] = 1
-        N = min(round_up(len(self.rows), self.rounding.rows), self.max_rows)
-        B = min(round_up(len(self.alive_in), self.rounding.seats), self.max_seats)
-        for _ in range(count):
-            if self.recorder:
-                self.recorder.run(self.decode_one, N, B)
-            else:
-                self.decode_one(N, B)
-        self.now += count
-
-    def decode_one(self, N: int, B: int) -> None:
-        """One more token for rows 0 … N − 1 (those alive, filled up), with prompts in B seats."""
-        row = torch.arange(N, device=self.device)
-        at = self.length[:N] - 1    # (N,) column of the token to run, which the cache lacks yet
-        prompt_length = self.prompt_length[self.cell[:N] // self.G]                  # (N,)
-        attend = self.attention(row, at, prompt_length, B)
-        hidden = self.model(                                                         # (N, 1, D)
-            self.tokens[row, at][:, None], attend=attend,
-            positions=(prompt_length + at)[:, None])
-        self.add_token(self.model.logits(hidden[:, 0]), slice(0, N))
-
-    def attention(self, row: Tensor, at: Tensor, prompt_length: Tensor, B: int):
+    def attention(self, step: Step):
         """attend(layer, q, k, v) for one token: each row reads its prompt and its own past.
 
         To read a prompt's keys once for all its rows, queries move from rows (N) to the grid of
-        seats × places (B, G) and back. For the picture above (N = 5, B = 3, G = 2), with one head:
+        seats × places (B, G) and back. For the picture in Batch (N = 5, B = 3, G = 2), with one
+        head:
 
             to_grid   = [0, 3, 1, 0, 4, 2]    the row at each cell; 0 where there is none,
                                               and what is computed there is never read
@@ -268,17 +174,17 @@ class Batch:
 
         With K heads, row r's head h is at r·K + h, and cell s's at (seat·K + h)·G + place.
         """
-        N, G = len(row), self.G
+        row, at, prompt_length, cell, B = step
+        N, G, device = len(row), self.G, row.device
         K = self.model.config.num_key_value_heads
         P, T = self.of_prompts.width, self.own.width
-        cell = self.cell[:N]
-        column = torch.arange(max(P, T), device=self.device)
+        column = torch.arange(max(P, T), device=device)
         beyond_prompt = column[:P] >= prompt_length[:, None]                         # (N, P)
         absent = torch.cat([beyond_prompt, column[:T] > at[:, None]], dim=1)         # (N, P + T)
-        mask = torch.zeros(absent.shape, device=self.device)
+        mask = torch.zeros(absent.shape, device=device)
         mask = mask.masked_fill(absent, float("-inf"))[:, None, None]
 
-        heads = torch.arange(K, device=self.device)
+        heads = torch.arange(K, device=device)
         row_at = row.new_zeros(self.max_seats * G + 1).index_copy(0, cell, row)[:B * G]
         to_grid = (row_at.view(B, 1, G) * K + heads[:, None]).flatten()              # (B·K·G,)
         seat = (cell // G).clamp(max=B - 1)
@@ -311,10 +217,159 @@ class Batch:
 
         return attend
 
+    def move_rows(self, to: Tensor, source: Tensor) -> None:
+        for cache in (*self.own.k, *self.own.v):
+            cache[to] = cache[source]
+
+    def move_seat(self, to: int, source: int) -> None:
+        for cache in (*self.of_prompts.k, *self.of_prompts.v):
+            cache[to] = cache[source]
+
+
+# ---- The batch in flight -------------------------------------------------------------------------
+
+class Size(NamedTuple):
+    """The most that a Batch holds."""
+    rows: int
+    seats: int       # prompts in flight
+    group: int       # G, rows of a prompt
+    prompt: int      # P, tokens of the longest
+    response: int    # T, tokens
+
+
+class Batch:
+    """Rows that are being sampled.
+
+    row     a response that is being sampled: 0 … N − 1, compact; the last takes a leaver's number
+    seat    a prompt in flight, 0 … B − 1, compact likewise; its keys and values are stored by seat
+    place   a row's number in its group, 0 … G − 1
+    cell    seat · G + place: leads from a row to its prompt
+
+        G = 2      place 0   place 1        prompt cache     own cache, by row
+        seat 0      row 0     row 3         P columns        row 0   cell 0   T columns
+        seat 1      row 1       –           P columns        row 1   cell 2
+        seat 2      row 4     row 2         P columns        row 2   cell 5
+                                                             row 3   cell 1
+        (– : a row that has ended)                           row 4   cell 4
+
+    Decoding works on fixed tensors, which a GPU can replay; what the host must know is in lists."""
+    def __init__(self, model: Transformer, size: Size, sampling: Sampling):
+        device = model.device
+        self.model = model
+        self.device = device
+        self.sampling = sampling
+        self.size = size
+        self.multiple = RECORDED_ROWS if device.type == "cuda" else 1    # N is filled up to it
+        if has_flash(model):
+            self.caches = RowCaches(model, size.rows, size.group, size.prompt, size.response)
+        else:
+            self.caches = GroupCaches(model, size.rows, size.seats, size.group)
+        self.recorder = None
+        if device.type == "cuda":
+            self.recorder = StepRecorder()
+            self.caches.make_room(size.prompt, size.response)
+
+        # On the device: numbers of each seat, and numbers of each row. Rows that are not alive have
+        # the cell after the last seat's.
+        def zeros(*shape, dtype=torch.int64):
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        rows, T = size.rows, size.response
+        self.prompt_length = zeros(size.seats + 1)    # one more, for rows that are not alive
+        self.cell = zeros(rows) + size.seats * size.group
+        self.length = zeros(rows)                     # tokens so far
+        self.ended = zeros(rows, dtype=torch.bool)
+        self.tokens = zeros(rows, T)
+        self.logprobs = zeros(rows, T, dtype=torch.float32)
+        self.uniforms = zeros(rows, T, dtype=torch.float64)
+        self.stop_ids = torch.tensor(sorted(sampling.stop_ids), dtype=torch.int64, device=device)
+
+        # On the host
+        self.now = 0                             # tokens decoded since the beginning
+        self.rows: list[Row] = []                # those alive
+        self.alive_in: list[int] = []            # of each seat: its rows alive
+        self.seat_lengths: list[int] = []        # of each seat: its prompt's length
+
+    def count(self, row: int) -> int:
+        """Tokens of a row so far."""
+        return self.now - self.rows[row].entered + 1
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the row that has most."""
+        return self.now - min((row.entered for row in self.rows), default=self.now) + 1
+
+    def make_room(self, response: int) -> None:
+        """For the prompts in flight and responses of so many tokens. Where steps are recorded there
+        is room for all from the beginning: recordings would go on reading the old tensors."""
+        if not self.recorder:
+            self.caches.make_room(max(self.seat_lengths), response)
+
+    def add_token(self, logits: Tensor, rows: slice) -> None:
+        """Choose the next token of some rows from their logits (N, V)."""
+        s = self.sampling
+        at = self.length[rows]                                               # (N,)
+        index = torch.arange(rows.start, rows.stop, device=self.device)      # (N,)
+        token, logprob = choose_token(
+            logits, self.uniforms[index, at], s.temperature, s.top_p, s.top_k)
+        self.tokens[index, at] = token
+        self.logprobs[index, at] = logprob
+        self.length[rows] += 1
+        self.ended[rows] |= (token[:, None] == self.stop_ids).any(1)
+
+    def prefill(self, entering: list[int], prompts: list[Tensor], uniforms: Tensor) -> None:
+        """Seat prompts that wait: run each (P,) once, and give its G rows their first token.
+
+        `entering` are the prompts' numbers; uniforms (rows, T)."""
+        G = self.size.group
+        prefix = encode_prompts(self.model, prompts)
+        first_seat, first_row = len(self.alive_in), len(self.rows)
+        seats = slice(first_seat, first_seat + len(prompts))
+        rows = slice(first_row, first_row + len(uniforms))
+        self.seat_lengths += [len(p) for p in prompts]
+        self.alive_in += [G] * len(prompts)
+        self.make_room(self.longest)
+        self.rows += [Row(i, place, self.now) for i in entering for place in range(G)]
+
+        self.caches.enter(prefix, seats, rows)
+        self.prompt_length[seats] = prefix.lengths
+        self.cell[rows] = torch.arange(seats.start * G, seats.stop * G, device=self.device)
+        self.length[rows] = 0
+        self.ended[rows] = False
+        self.uniforms[rows] = uniforms.to(self.device)
+        logits = self.model.logits(prefix.last)                              # (B, V)
+        self.add_token(logits.repeat_interleave(G, dim=0), rows)
+
+    def decode(self, count: int) -> None:
+        """`count` more tokens for every row, without asking the device for anything."""
+        self.make_room(self.longest + count - 1)
+        # Rows that are not alive advance too, if the batch is filled up: set them back so that they
+        # never index past the cache.
+        self.length[len(self.rows):] = 1
+        N = min(round_up(len(self.rows), self.multiple), self.size.rows)
+        for _ in range(count):
+            if self.recorder:
+                self.recorder.run(self.decode_one, N)
+            else:
+                self.decode_one(N)
+        self.now += count
+
+    def decode_one(self, N: int) -> None:
+        """One more token for rows 0 … N − 1: those alive, filled up."""
+        B = self.size.seats if self.recorder else len(self.alive_in)
+        cell = self.cell[:N]                                                         # (N,)
+        at = self.length[:N] - 1
+        prompt_length = self.prompt_length[cell // self.size.group]                  # (N,)
+        step = Step(torch.arange(N, device=self.device), at, prompt_length, cell, B)
+        hidden = self.model(                                                         # (N, 1, D)
+            self.tokens[step.row, at][:, None], attend=self.caches.attention(step),
+            positions=(prompt_length + at)[:, None])
+        self.add_token(self.model.logits(hidden[:, 0]), slice(0, N))
+
     def leave(self, rows: list[int]) -> None:
         """Take rows out. The last ones alive move to their numbers; empty seats are given up."""
         for cell in self.cell[rows].tolist():
-            self.alive_in[cell // self.G] -= 1
+            self.alive_in[cell // self.size.group] -= 1
         gone = set(rows)
         kept = [row for row in range(len(self.rows)) if row not in gone]
         N = len(kept)
@@ -323,13 +378,14 @@ class Batch:
         if holes:
             to = torch.tensor(holes, device=self.device)
             source = torch.tensor(movers, device=self.device)
-            for column in (*self.own.k, *self.own.v, self.cell, self.length, self.ended,
-                           self.tokens, self.logprobs, self.uniforms):
+            self.caches.move_rows(to, source)
+            for column in (self.cell, self.length, self.ended, self.tokens, self.logprobs,
+                           self.uniforms):
                 column[to] = column[source]
             for hole, mover in zip(holes, movers):
                 self.rows[hole] = self.rows[mover]
         del self.rows[N:]
-        self.cell[N:] = self.max_seats * self.G
+        self.cell[N:] = self.size.seats * self.size.group
         for seat in reversed(range(len(self.alive_in))):
             if self.alive_in[seat] == 0:
                 self.give_up_seat(seat)
@@ -338,12 +394,12 @@ class Batch:
         """The last seat's prompt moves here, and its rows' cells with it."""
         last = len(self.alive_in) - 1
         if seat != last:
-            for cache in (*self.of_prompts.k, *self.of_prompts.v, self.prompt_length):
-                cache[seat] = cache[last]
+            self.caches.move_seat(seat, last)
+            self.prompt_length[seat] = self.prompt_length[last]
             self.alive_in[seat] = self.alive_in[last]
             self.seat_lengths[seat] = self.seat_lengths[last]
             cells = self.cell[:len(self.rows)]
-            cells[cells // self.G == last] -= (last - seat) * self.G
+            cells[cells // self.size.group == last] -= (last - seat) * self.size.group
         self.alive_in.pop()
         self.seat_lengths.pop()
 
@@ -404,7 +460,7 @@ def run_to_the_end(
     most = sampling.max_rows or rows_that_fit(model, G, longest, T)
     rows = min(len(prompts), max(1, most // G)) * G
     seats = min(len(prompts), 2 * rows // G)    # a prompt keeps its seat until its last row ends
-    batch = Batch(model, rows, seats, G, T, sampling)
+    batch = Batch(model, Size(rows, seats, G, longest, T), sampling)
     check_every = 1 if batch.device.type == "cpu" else 16
     responses = [[None] * G for _ in prompts]
     waiting = deque(range(len(prompts)))

@@ -366,6 +366,8 @@ def update(run: Run, items: list[Item]) -> tuple[Counter, float | None]:
     idle = parallel.idle_passes(run.master, count_passes(batches, config.rows_per_pass))
     for batch in batches:
         sums.update(backward(run, batch, total_rows, total_tokens))
+    values = torch.stack(list(sums.values())).tolist() if sums else []    # one look at the device
+    sums = Counter(dict(zip(sums, values)))
     parallel.finish_backward(run.master, idle)
     norm = torch.nn.utils.clip_grad_norm_(run.master.parameters(), config.max_grad_norm)
     norm = float(parallel.gather_shards(norm))
@@ -377,7 +379,8 @@ def update(run: Run, items: list[Item]) -> tuple[Counter, float | None]:
 
 
 def backward(run: Run, items: list[Item], total_rows: int, total_tokens: int) -> Counter:
-    """Add the gradient of some whole groups to the master's. Returns sums for the metrics.
+    """Add the gradient of some whole groups to the master's. Returns sums for the metrics, which
+    stay on the device.
 
     If the groups have more than `rows_per_pass` rows, the prompt runs apart, and the rows a few at
     a time (see logprobs.Prefix; skip `apart` at first reading): the gradient of a single pass, with
@@ -413,10 +416,9 @@ def backward(run: Run, items: list[Item], total_rows: int, total_tokens: int) ->
         loss.backward()    # into the master's gradients, through support/policy.py if it is a copy
         own = rows.mask & ~rows.is_gold[:, None]
         metrics["loss"] = loss.detach()
-        metrics["entropy"] = entropy[own].sum()
-        metrics["mismatch"] = (rows.logprobs - old_logprobs)[own].abs().sum()
-        values = torch.stack([x.double() for x in metrics.values()]).tolist()    # one device sync
-        sums.update(dict(zip(metrics, values)))
+        metrics["entropy"] = torch.where(own, entropy, 0.0).sum()
+        metrics["mismatch"] = torch.where(own, rows.logprobs - old_logprobs, 0.0).abs().sum()
+        sums.update({name: x.double() for name, x in metrics.items()})    # a Counter's update adds
     if apart:
         prefix.backward(leaves)
     return sums

@@ -3,25 +3,15 @@ from __future__ import annotations
 
 import math
 import sys
-from typing import NamedTuple
 
 import torch
 
 from support import parallel
+from support.gpu import has_flash
 
 
 CPU_CACHE_BYTES = 4 * 2**30  # a fixed budget: the same command always makes the same batches
-
-
-class Rounding(NamedTuple):
-    """Sizes are rounded up to multiples of these. A GPU records a step for each size it meets."""
-    columns: int    # of the sampler's caches
-    rows: int
-    seats: int
-
-
-def rounding_on(device: torch.device) -> Rounding:
-    return Rounding(128, 32, 8) if device.type == "cuda" else Rounding(32, 1, 1)
+CACHE_COLUMNS = 32  # the sampler's caches are as wide as a multiple of it
 
 
 def round_up(n: int, unit: int) -> int:
@@ -35,18 +25,16 @@ class Cache:
     def __init__(self, model, rows: int):
         c = model.config
         heads, d = c.num_key_value_heads, c.head_dim
-        self.unit = rounding_on(model.device).columns
         self.width = 0
         like = dict(dtype=model.dtype, device=model.device)
         self.k = [torch.empty(rows, heads, d, 0, **like) for _ in range(c.num_hidden_layers)]
         self.v = [torch.empty(rows, heads, 0, d, **like) for _ in range(c.num_hidden_layers)]
 
-    def resize(self, length: int) -> bool:
-        """Make room for `length` columns; give room back once half of it would do. Returns whether
-        the tensors have moved."""
-        width = round_up(length, self.unit)
+    def resize(self, length: int) -> None:
+        """Make room for `length` columns; give room back once half of it would do."""
+        width = round_up(length, CACHE_COLUMNS)
         if self.width // 2 < width <= self.width:
-            return False
+            return
         kept = min(width, self.width)
         self.width = width
         for tensors, dim in ((self.k, 3), (self.v, 2)):
@@ -56,7 +44,6 @@ class Cache:
                 # Zeros, because what lies beyond a row's length is read, with weight 0: 0 · NaN.
                 tensors[layer] = old.new_zeros(shape)
                 tensors[layer].narrow(dim, 0, kept).copy_(old.narrow(dim, 0, kept))
-        return True
 
 
 def cache_bytes_per_token(model) -> int:
@@ -68,9 +55,10 @@ def cache_bytes_per_token(model) -> int:
 def rows_that_fit(model, group_size: int, longest_prompt: int, max_new_tokens: int) -> int:
     """How many rows to sample at a time so that their caches fit into memory: at most 256."""
     device = model.device
-    columns = rounding_on(device).columns
-    own = round_up(max_new_tokens, columns)
-    prompt = 2 * round_up(longest_prompt, columns) / group_size    # a row's part of two seats
+    own = round_up(max_new_tokens, CACHE_COLUMNS)
+    prompt = round_up(longest_prompt, CACHE_COLUMNS)
+    if not has_flash(model):
+        prompt *= 2 / group_size               # a row's part of two seats
     numbers = 20 * max_new_tokens              # id 8, logprob 4, uniform 8
     logits = 28 * model.config.vocab_size      # logits, probabilities and blocks, fp32 and fp64
     row = cache_bytes_per_token(model) * (own + prompt) + numbers + logits

@@ -8,10 +8,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from support import cpu, gpu
+from support import cpu
+from support.gpu import FlashAttention, has_flash
 
 
 class Ragged:
@@ -43,30 +43,34 @@ class Part(NamedTuple):
     """Some rows that attend in one product."""
     ragged: Ragged
     prompt_of: Tensor | None    # (n,) the prompt of each of these rows
-    hidden: Tensor              # (n or 1, t, P + t) bool, True where a query must not look
+    mask: Tensor                # (n or 1, 1, S·t, P + t) fp32, −inf where a query must not look
 
 
-class RaggedAttention:
+def ragged_attention(
+    model, lengths: Tensor, prompt_lengths: Tensor | None = None, prompt_of: Tensor | None = None,
+):
     """Causal attention of N rows laid end to end, each after a prompt of its own, if there is one.
 
-    lengths (N,) of 1 or more; prompt_lengths (B,); prompt_of (N,), the prompt of each row. On a CPU
-    some rows at a time, so that neither padding nor memory costs much; on a GPU all at once."""
+    lengths (N,) of 1 or more; prompt_lengths (B,); prompt_of (N,), the prompt of each row. Returns
+    f(q, k, v, keys=None, values=None): q (1, H, M, d), k and v (1, K, M, d) of the rows, keys and
+    values (B, K, P, d) of the prompts -> (1, H, M, d)."""
+    if has_flash(model):
+        return FlashAttention(lengths, prompt_lengths, prompt_of)
+    return MaskedAttention(model.config, lengths, prompt_lengths, prompt_of)
+
+
+class MaskedAttention:
+    """`ragged_attention` by products and masks, some rows at a time, so that neither padding nor
+    memory costs much."""
     def __init__(
-        self,
-        lengths: Tensor,
-        query_heads: int,
-        prompt_lengths: Tensor | None = None,
-        prompt_of: Tensor | None = None,
+        self, config, lengths: Tensor, prompt_lengths: Tensor | None, prompt_of: Tensor | None,
     ):
+        H, K = config.num_attention_heads, config.num_key_value_heads
         sizes = lengths.tolist()
         P = 0 if prompt_lengths is None else int(prompt_lengths.max())
-        slices = [slice(0, len(sizes))]
-        if lengths.device.type == "cpu":
-            slices = cpu.rows_in_cache(sizes, query_heads, P)
         self.P = P
         self.parts = []
-        self.masks = None    # of each part, the same for all layers; the first one tells its dtype
-        for rows in slices:
+        for rows in cpu.rows_in_cache(sizes, H, P):
             t = max(sizes[rows], default=0)
             later = torch.ones(t, t, dtype=torch.bool, device=lengths.device).triu(1)
             hidden = later[None]                                                # (1, t, t)
@@ -76,16 +80,12 @@ class RaggedAttention:
                 absent = absent[:, None].expand(-1, t, -1)                      # (n, t, P)
                 hidden = torch.cat([absent, hidden.expand(len(absent), -1, -1)], dim=2)
             owners = prompt_of[rows] if P else None
-            self.parts.append(Part(Ragged(lengths[rows], t), owners, hidden))
+            mask = torch.zeros(hidden.shape, device=hidden.device)              # (n or 1, t, P + t)
+            mask = mask.masked_fill(hidden, float("-inf")).repeat(1, H // K, 1)
+            self.parts.append(Part(Ragged(lengths[rows], t), owners, mask[:, None]))
 
     def __call__(self, q, k, v, keys=None, values=None) -> Tensor:
-        """q (1, H, M, d), k and v (1, K, M, d); keys and values (B, K, P, d) of the prompts.
-        Returns (1, H, M, d)."""
         H, K, d = q.shape[1], k.shape[1], k.shape[3]
-        attention = gpu.masked_attention if q.is_cuda else cpu.masked_attention
-        if self.masks is None:
-            dtype = q.dtype if q.is_cuda else torch.float32
-            self.masks = [additive_mask(part.hidden, H // K, dtype) for part in self.parts]
         tokens = [len(part.ragged.index) for part in self.parts]
         q, k, v = q.split(tokens, 2), k.split(tokens, 2), v.split(tokens, 2)
         outs = []
@@ -99,16 +99,6 @@ class RaggedAttention:
                 part_v = torch.cat([values.index_select(0, part.prompt_of), part_v], dim=2)
             # The S query heads that share a key head stand below each other, and read it once.
             folded = part_q.reshape(n, K, H // K * t, d)
-            out = attention(folded, part_k, part_v, self.masks[i])              # (n, K, S·t, d)
+            out = cpu.masked_attention(folded, part_k, part_v, part.mask)       # (n, K, S·t, d)
             outs.append(part.ragged.flatten(out.reshape(n, H, t, d)))
         return torch.cat(outs, dim=2)
-
-
-def additive_mask(hidden: Tensor, repeats: int, dtype: torch.dtype) -> Tensor:
-    """hidden (n or 1, t, L) -> (n or 1, 1, repeats · t, L): −inf where it is True, else 0.
-
-    Each row begins at a multiple of 8 numbers, as a GPU's kernels want it."""
-    L = hidden.shape[2]
-    mask = torch.zeros(hidden.shape, device=hidden.device).masked_fill(hidden, float("-inf"))
-    mask = F.pad(mask[:, None], (0, -L % 8)).to(dtype)
-    return mask.repeat(1, 1, repeats, 1)[..., :L]

@@ -6,7 +6,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import sampler
 from model import Transformer, read_config
+from support import gpu, memory, ragged
 
 
 # ---- Files and numbers ---------------------------------------------------------------------------
@@ -157,3 +159,32 @@ def tiny_model(folder, config, seed=0):
     write_json(folder / "config.json", config)
     generator = torch.Generator().manual_seed(seed)
     return Transformer(read_config(str(folder))).init_weights(generator, std=0.2)
+
+
+# ---- FlashAttention, where there is no GPU -------------------------------------------------------
+
+def flash_by_loop(q, k, v, queries, keys, used=None):
+    """What support.gpu.flash computes, row by row."""
+    outs = []
+    S = q.shape[1] // k.shape[1]
+    for i in range(len(queries.starts) - 1):
+        first, last = keys.starts[i], keys.starts[i + 1]
+        if used is not None:
+            last = first + used[i]
+        row_q = q[queries.starts[i]:queries.starts[i + 1]].transpose(0, 1)           # (H, t, d)
+        row_k = k[first:last].transpose(0, 1).repeat_interleave(S, 0)                # (H, L, d)
+        row_v = v[first:last].transpose(0, 1).repeat_interleave(S, 0)
+        scores = row_q @ row_k.transpose(1, 2) * q.shape[2]**-0.5                    # (H, t, L)
+        t, L = scores.shape[1:]
+        assert t <= queries.longest and L <= keys.longest
+        later = torch.ones(t, L, dtype=torch.bool).triu(L - t + 1)
+        weights = scores.masked_fill(later, float("-inf")).softmax(-1)
+        outs.append((weights @ row_v).transpose(0, 1))
+    return torch.cat(outs)
+
+
+def pretend_flash(monkeypatch):
+    """From now on everything goes the way of a GPU with FlashAttention, but for the kernel."""
+    monkeypatch.setattr(gpu, "flash", flash_by_loop)
+    for module in (sampler, ragged, memory):
+        monkeypatch.setattr(module, "has_flash", lambda model: True)

@@ -13,10 +13,20 @@ import torch.nn.functional as F
 from torch.distributions import Categorical
 
 import logprobs as logprobs_module
-from helpers import SMALL, file_name, make_folder, oracle, relative
+from helpers import SMALL, file_name, make_folder, oracle, pretend_flash, relative
 from logprobs import encode_prompts, linear_logprobs, score_responses, token_logprobs
 from model import load_model, rope_frequencies
 from support import cpu
+
+
+@pytest.fixture(params=["masks", "FlashAttention"])
+def attention(request, monkeypatch):
+    """The two ways in which rows attend, so that both are tested on every machine."""
+    if request.param == "FlashAttention":
+        pretend_flash(monkeypatch)
+
+
+BOTH_WAYS = pytest.mark.usefixtures("attention")
 
 
 # ---- Helpers -------------------------------------------------------------------------------------
@@ -88,6 +98,7 @@ def weights_like(tensor, seed=3):
     ("qwen2", [4, 1, 6], dict(num_key_value_heads=1)),
     ("qwen3", [3, 9, 9, 1], dict(head_dim=10)),
 ], ids=["llama", "mistral", "qwen2", "qwen3"])
+@BOTH_WAYS
 def test_group_equals_full_sequences_through_transformers(family, lengths, extra, tmp_path):
     """A group that shares its prompt has the log-probabilities, entropies and gradients that
     transformers gives its sequences one by one. (Bugs: a causal flag with a cache; positions that
@@ -121,6 +132,7 @@ def test_group_equals_full_sequences_through_transformers(family, lengths, extra
     (6, [8], 1.0),            # G = 1, as in SFT
     (1, [3, 1, 4], 0.9),      # the shortest prompt
 ])
+@BOTH_WAYS
 def test_group_equals_full_sequences_in_float64(prompt_length, lengths, temperature, tmp_path):
     """In float64 the same holds against our own network, also for the smallest shapes. (Bug: errors
     small enough to pass for fp32 noise, or only where T, G or P is 1.)"""
@@ -149,6 +161,7 @@ def test_lengths_default_to_the_full_width(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(without, given))
 
 
+@BOTH_WAYS
 def test_padding_does_not_matter(tmp_path):
     """What stands in the padding changes no bit of a value or a gradient, even if it is no token of
     the vocabulary, and more padding changes them by rounding alone. (Bug: padding that leaks.)"""
@@ -180,6 +193,7 @@ def test_padding_does_not_matter(tmp_path):
     assert_same_gradients(grads, expected_grads, 1e-5)
 
 
+@BOTH_WAYS
 def test_prompt_runs_once_and_padding_never(tmp_path):
     """A prompt goes through the network once, its responses follow without their padding. (Bug: a
     prompt that runs G times, or padding that costs as much as text.)"""
@@ -196,6 +210,7 @@ def test_prompt_runs_once_and_padding_never(tmp_path):
     assert sum(seen) == len(prompt) + (lengths - 1).sum()
 
 
+@BOTH_WAYS
 def test_rows_do_not_see_each_other(tmp_path):
     """A row scores in its group as it does alone. (Bug: attention from one response to another.)"""
     model = load_model(make_folder(tmp_path, "qwen3"))
@@ -206,6 +221,7 @@ def test_rows_do_not_see_each_other(tmp_path):
         assert relative(together[row, :n], alone[0]) < 1e-5
 
 
+@BOTH_WAYS
 def test_scoring_after_inference_mode(tmp_path):
     """Scoring and its gradient are the same, to the bit, if the model has sampled before. (Bug: a
     cache that survives, here the rope frequencies made in inference mode, which no backward may
@@ -235,6 +251,7 @@ PASSES = {
 }
 
 
+@BOTH_WAYS
 @pytest.mark.parametrize("passes", PASSES.values(), ids=PASSES.keys())
 def test_two_stage_backward_equals_one(passes, tmp_path):
     """Rows that take several passes behind a cut prompt give the gradient of a single pass. (Bug: a
@@ -260,6 +277,7 @@ def test_two_stage_backward_equals_one(passes, tmp_path):
     assert_same_gradients(collected(model), expected, 1e-5)
 
 
+@BOTH_WAYS
 def test_groups_scored_together_equal_groups_scored_alone(tmp_path):
     """Groups that share a pass have the values and gradients of groups scored one by one. (Bugs:
     rows that read another group's prompt; a result that depends on which groups share a pass.)"""
@@ -283,6 +301,7 @@ def test_groups_scored_together_equal_groups_scored_alone(tmp_path):
         assert_same_gradients(gradients(model, (w * together).sum()), expected, 1e-5)
 
 
+@BOTH_WAYS
 @pytest.mark.parametrize("at_once", [1, 500, 10**9], ids=["row by row", "a few rows", "all rows"])
 @pytest.mark.parametrize("again", [False, True], ids=["kept", "gradient checkpointing"])
 def test_memory_settings_change_no_gradient(again, at_once, tmp_path, monkeypatch):
@@ -336,7 +355,7 @@ def test_hand_written_gradient(temperature, rows_at_once, monkeypatch):
     """The gradient written by hand is that of finite differences, over whole and broken chunks.
     (Bug: an error in the backward.)"""
     hidden, weight, targets = some_linear()
-    monkeypatch.setattr(logprobs_module, "LOGITS_AT_ONCE", rows_at_once * len(weight))
+    monkeypatch.setitem(logprobs_module.LOGITS_AT_ONCE, "cpu", rows_at_once * len(weight))
     function = lambda h, w: linear_logprobs(h, w, targets, temperature)
     assert torch.autograd.gradcheck(function, (hidden, weight))
 
@@ -360,7 +379,7 @@ def test_chunks_do_not_matter(monkeypatch):
     expected_grads = torch.autograd.grad((w * expected).sum(), (hidden, weight))
     for at_once, most in [(1, 1), (V, 1), (4 * V, 4), (9 * V + 3, 9), (10**6, 10)]:
         rows.clear()
-        monkeypatch.setattr(logprobs_module, "LOGITS_AT_ONCE", at_once)
+        monkeypatch.setitem(logprobs_module.LOGITS_AT_ONCE, "cpu", at_once)
         monkeypatch.setattr(logprobs_module.F, "linear", counted)
         logprobs, entropy = linear_logprobs(hidden, weight, targets, 0.7)
         grads = torch.autograd.grad((w * logprobs).sum(), (hidden, weight))

@@ -22,11 +22,11 @@ from transformers import AutoModelForCausalLM
 import sampler
 from data import Problem, load_tokenizer
 from gcpo import Group
-from helpers import LLAMA, STOPS, tiny_model
+from helpers import LLAMA, STOPS, pretend_flash, tiny_model
 from logprobs import token_logprobs
 from model import Transformer, load_model, save_model
 from sampler import choose_token, inverse_cdf, prompt_generator, sample
-from support.memory import Rounding
+from support import memory
 
 
 QWEN3 = {**LLAMA, "model_type": "qwen3", "head_dim": 16, "tie_word_embeddings": True}
@@ -63,21 +63,24 @@ class GpuByName(str):
     type = "gpu"
 
 
-@pytest.fixture(params=["asked after every token", "asked after 16 tokens"])
+@pytest.fixture(params=["asked after every token", "asked after 16 tokens", "FlashAttention"])
 def check(request, monkeypatch):
-    """The two ways in which the sampler goes on, so that both are tested on every machine.
+    """The ways in which the sampler goes on, so that all are tested on every machine.
 
     A CPU is asked after each token whether rows have ended. A GPU is asked less often, and there
-    rows, seats and columns are rounded up besides."""
+    rows are filled up to a multiple besides. Where there is FlashAttention, each row has a cache of
+    its own, with its prompt in it."""
     if request.param == "asked after every token":
         return
+    monkeypatch.setattr(memory, "CACHE_COLUMNS", 7)
+    if request.param == "FlashAttention":
+        pretend_flash(monkeypatch)
     start = sampler.Batch.__init__
 
     def start_on_gpu(batch, *args):
         start(batch, *args)
         batch.device = GpuByName("cpu")
-        batch.rounding = Rounding(columns=7, rows=5, seats=3)
-        batch.own.unit = batch.of_prompts.unit = batch.rounding.columns
+        batch.multiple = 5
 
     monkeypatch.setattr(sampler.Batch, "__init__", start_on_gpu)
 
