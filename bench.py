@@ -27,6 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from typing import NamedTuple
 
 import torch
@@ -45,7 +46,7 @@ from support.batches import micro_batches
 from support.common import InputError, as_flags, exit_cleanly, pick_device, pick_dtype
 from support.cpu import keep_freed_memory
 from support.memory import peak_bytes
-from support.options import Config
+from support.options import Config, rows_that_fill
 from support.policy import make_policy
 
 
@@ -97,7 +98,8 @@ def parse_arguments() -> argparse.Namespace:
     flag("--group-size", type=int, default=8, help="G, responses per prompt")
     flag("--max-new-tokens", type=int, default=200, help="longest response")
     flag("--rows", type=int, default=0, help="our rows in flight (default: what fits)")
-    flag("--rows-per-pass", type=int, default=8, help="our rows in one backward pass")
+    flag("--rows-per-pass", type=int, default=0,
+         help="our rows in one backward pass (default: train.py's)")
     flag("--gradient-checkpointing", action="store_true",
          help="compute our activations again in backward")
     flag("--rounds", type=int, default=3, help="times each side runs")
@@ -116,6 +118,8 @@ def check(args) -> None:
     if min(args.rounds, args.prompts, args.max_new_tokens) < 1 or args.group_size < 2:
         raise InputError("--rounds, --prompts and --max-new-tokens must be 1 or more, "
                          "--group-size 2 or more")
+    if not args.rows_per_pass:
+        args.rows_per_pass = max(8, rows_that_fill(args.device, args.max_new_tokens))
     peer = "trl" if args.what == "step" else "transformers"
     if args.peer not in (None, peer):
         raise InputError(f"--peer {args.peer}: TRL is the peer of `step`, transformers of the "
@@ -441,11 +445,55 @@ def bare_products(model: Transformer, rows: int, repeats: int = 5) -> float:
     def products():
         return [F.linear(inputs[m.shape[1]], m) for m in matrices]
 
-    products()
-    return min(timed(products, model.device)[1] for _ in range(repeats))
+    run = recorded(products, model.device)
+    return min(timed(run, model.device)[1] for _ in range(repeats))
 
 
-PRODUCTS = ("aten::mm", "aten::addmm", "mkldnn::_linear_pointwise")    # as the profiler calls them
+def recorded(f, device: torch.device):
+    """f, run once; on a GPU as a CUDA graph, so that it does not wait for Python."""
+    f()
+    if device.type == "cpu":
+        return f
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        f()
+    return graph.replay
+
+
+# As the profiler calls them
+PRODUCTS = ("aten::mm", "aten::addmm", "mkldnn::_linear_pointwise")
+OPERATORS = {
+    "products": PRODUCTS,
+    "attention's products": (
+        "aten::bmm", "aten::_flash_attention_forward", "aten::_flash_attention_backward"),
+    "softmax": ("aten::_softmax", "aten::exp_"),
+    "copies": ("aten::copy_", "aten::cat", "aten::index_select", "aten::index_copy_",
+               "aten::index_add_", "aten::fill_", "aten::index"),
+    "sums and scalings": ("aten::add", "aten::add_", "aten::sub", "aten::mul", "aten::mul_",
+                          "aten::addcmul", "aten::sum", "aten::neg", "aten::silu",
+                          "aten::silu_backward", "aten::_fused_rms_norm",
+                          "aten::_fused_rms_norm_backward"),
+}
+
+
+def where_operators_go(work, device: torch.device) -> dict[str, float]:
+    """Shares of the time of work(), by kinds of operators. On a GPU, `waiting` is the share in
+    which it had nothing to do; on a CPU it is the time between operators, in Python."""
+    activities = [ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(ProfilerActivity.CUDA)
+    _, seconds = timed(work, device)
+    with profile(activities=activities) as profiler:
+        timed(work, device)
+    own = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    times = {event.key: getattr(event, own) / 1e6 for event in profiler.key_averages()
+             if event.key.startswith(("aten::", "mkldnn::"))}
+    shares = {}
+    for name, operators in OPERATORS.items():
+        shares[name] = sum(times.pop(operator, 0.0) for operator in operators) / seconds
+    shares["other operators"] = sum(times.values()) / seconds
+    shares["waiting"] = 1 - sum(shares.values())
+    return shares
 
 
 def where_time_goes(work) -> dict[str, float]:
@@ -500,17 +548,57 @@ class OurUpdate:
         self.items = items_for(args, device, dtype)
         self.rows, self.tokens = count(self.items)
         self.run = run_for(args, load_model(args.model, device), dtype)
+        self.batches = micro_batches(self.items, args.rows_per_pass)
 
     def work(self) -> int:
         self.run.master.zero_grad(set_to_none=True)
-        for batch in micro_batches(self.items, self.args.rows_per_pass):
+        for batch in self.batches:
             train.backward(self.run, batch, self.rows, self.tokens)
         return self.tokens
 
     def report(self) -> list[str]:
-        if self.args.what == "update":
-            leave_gradient(self.args, dict(self.run.master.named_parameters()))
-        return []
+        if self.args.what != "update":
+            return []
+        leave_gradient(self.args, dict(self.run.master.named_parameters()))
+        device = self.run.policy.device
+        _, seconds = timed(self.work, device)
+        bare = sum(products_of_a_pass(self.run.policy, batch) for batch in self.batches)
+        shares = where_operators_go(self.work, device)
+        parts = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
+        return [f"the bare matrix products of this update would take {bare / seconds:.0%} of our "
+                "time", f"where our time goes: {parts}"]
+
+
+def products_of_a_pass(model: Transformer, batch: list[train.Item], repeats: int = 3) -> float:
+    """Seconds of its matrix products alone, forward and backward; the last layer's logits are
+    computed twice, since they are not kept."""
+    tokens = sum(len(i.group.prompt) + int(i.group.lengths.sum()) for i in batch)
+    predicted = sum(int(i.group.lengths.sum()) for i in batch)
+    total = 0.0
+    for matrix, count in Counter(shapes_of_products(model)).items():
+        out, width = matrix
+        last = out == model.config.vocab_size
+        rows = min(4096, predicted) if last else tokens
+        x = torch.randn(rows, width, dtype=model.dtype, device=model.device)
+        weight = torch.randn(out, width, dtype=model.dtype, device=model.device)
+
+        def products():
+            y = F.linear(x, weight)
+            if last:
+                y = F.linear(x, weight)
+            return y @ weight, y.T @ x
+
+        products()
+        seconds = min(timed(products, model.device)[1] for _ in range(repeats))
+        total += count * seconds * (predicted / rows if last else 1)
+    return total
+
+
+def shapes_of_products(model: Transformer) -> list[tuple[int, int]]:
+    """(out, in) of every matrix that tokens are multiplied with."""
+    shapes = [tuple(p.shape) for name, p in model.named_parameters()
+              if p.dim() == 2 and "embed_tokens" not in name and "lm_head" not in name]
+    return [*shapes, tuple(model.output_weight.shape)]
 
 
 class PeerUpdate:

@@ -5,7 +5,7 @@ Three rules make it fast, and exact:
     a prompt runs once for all responses of its group, which read its keys and values;
     padding never runs: rows of different lengths are laid end to end, and only attention puts
     each token back in its row (support/ragged.py: Ragged says each token's row and column, and
-    pads or flattens; `ragged_attention` attends);
+    pads or flattens; its attention_… functions attend);
     logits never exist as a whole: the last layer goes chunk by chunk, in forward and in backward.
 
     token_logprobs      one prompt, its responses: for tests and for your own code
@@ -24,7 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model import Transformer
-from support.ragged import Ragged, ragged_attention
+from support.ragged import (
+    Ragged, RowsAfterPrompts, attention_after_prompts, attention_of_prompts, attention_with_prompts)
 
 
 # ---- Prompts -------------------------------------------------------------------------------------
@@ -71,7 +72,7 @@ def encode_prompts(model: Transformer, prompts: list[Tensor]) -> Prefix:
     """Run each prompt (P,) once, all of them in one forward pass."""
     lengths = lengths_of(prompts, model.device)
     ragged = Ragged(lengths, max(len(p) for p in prompts))
-    attention = ragged_attention(model, lengths)
+    attention = attention_of_prompts(model, lengths)
     keys = {}      # by layer: gradient checkpointing calls `attend` again, and must not append
     values = {}
 
@@ -118,13 +119,13 @@ def score_responses(
     tokens = responses[inputs.rows, inputs.columns]                             # (M,)
     positions = prompt_lengths[prompt_of[inputs.rows]] + inputs.columns         # (M,)
     longer = lengths > 1                   # a row of one token has no input of its own
-    attention = ragged_attention(model, lengths[longer] - 1, prompt_lengths, prompt_of[longer])
+    rows = RowsAfterPrompts(lengths[longer] - 1, prompt_lengths, prompt_of[longer])
 
     if apart:
         last = prompts.last
-        hidden = run_after(model, prompts, attention, tokens, positions)
+        hidden = run_after(model, prompts, rows, tokens, positions)
     else:
-        last, hidden = run_with_prompts(model, prompts, attention, tokens, positions)
+        last, hidden = run_with_prompts(model, prompts, rows, tokens, positions)
 
     states = torch.cat([last.index_select(0, prompt_of), hidden])               # (N + M, D)
     # Row and column of the token that each state predicts
@@ -136,10 +137,13 @@ def score_responses(
     return grid.index_put((rows, columns), logprobs), grid.index_put((rows, columns), entropy)
 
 
-def run_after(model, prefix: Prefix, attention, tokens: Tensor, positions: Tensor) -> Tensor:
+def run_after(
+    model, prefix: Prefix, rows: RowsAfterPrompts, tokens: Tensor, positions: Tensor,
+) -> Tensor:
     """Response tokens (M,) after prompts that have run already -> hidden (M, D)."""
     if len(tokens) == 0:
         return prefix.last[:0]
+    attention = attention_after_prompts(model, rows)
 
     def attend(layer, q, k, v):
         return attention(q, k, v, prefix.keys[layer], prefix.values[layer])
@@ -148,28 +152,18 @@ def run_after(model, prefix: Prefix, attention, tokens: Tensor, positions: Tenso
 
 
 def run_with_prompts(
-    model, prompts: list[Tensor], attention, tokens: Tensor, positions: Tensor,
+    model, prompts: list[Tensor], rows: RowsAfterPrompts, tokens: Tensor, positions: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Prompts and response tokens (M,) in one pass -> prompts' last (B, D), hidden (M, D)."""
-    lengths = lengths_of(prompts, tokens.device)
-    ragged = Ragged(lengths, int(lengths.max()))
-    read_prompts = ragged_attention(model, lengths)
-    sizes = [len(ragged.index), len(tokens)]
-
-    def attend(layer, q, k, v):
-        prompt_q, q = q.split(sizes, dim=2)
-        prompt_k, k = k.split(sizes, dim=2)
-        prompt_v, v = v.split(sizes, dim=2)
-        out = [read_prompts(prompt_q, prompt_k, prompt_v)]
-        if sizes[1]:
-            out.append(attention(q, k, v, ragged.pad(prompt_k), ragged.pad(prompt_v)))
-        return torch.cat(out, dim=2)
-
+    attention = attention_with_prompts(model, rows)
     all_tokens = torch.cat([*(p.to(tokens.device) for p in prompts), tokens])
-    all_positions = torch.cat([ragged.columns, positions])
-    hidden = model(all_tokens[None], attend=attend, positions=all_positions[None])[0]
-    prompt_hidden, hidden = hidden.split(sizes)
-    return prompt_hidden.index_select(0, lengths.cumsum(0) - 1), hidden
+    in_prompts = Ragged(rows.prompt_lengths, max(len(p) for p in prompts))
+    all_positions = torch.cat([in_prompts.columns, positions])
+    hidden = model(
+        all_tokens[None], attend=lambda layer, q, k, v: attention(q, k, v),
+        positions=all_positions[None])[0]
+    prompt_hidden, hidden = hidden.split([len(all_tokens) - len(tokens), len(tokens)])
+    return prompt_hidden.index_select(0, rows.prompt_lengths.cumsum(0) - 1), hidden
 
 
 def token_logprobs(

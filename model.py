@@ -155,6 +155,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.gradient_checkpointing = False    # True: run each block again in backward
+        self.compute_dtype = None              # where it is not the weights' (--shard)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -193,7 +194,9 @@ class Transformer(nn.Module):
         sin = torch.cat([-sin, sin], dim=-1).to(x.dtype)                       # (N, 1, T, d)
         for block in self.layers:
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, cos, sin, attend, use_reentrant=False)
+                # Nothing here is random, and a GPU's random state is slow to read.
+                x = checkpoint(
+                    block, x, cos, sin, attend, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(x, cos, sin, attend)
         return self.norm(x)

@@ -19,7 +19,8 @@ from torch import Tensor
 def has_flash(model) -> bool:
     """Whether this model's attention can go through FlashAttention: bf16 on an NVIDIA GPU of 2020
     (Ampere) or later. Elsewhere, and in fp32, it goes the same way as on a CPU."""
-    if model.device.type != "cuda" or model.dtype != torch.bfloat16 or torch.version.hip:
+    dtype = model.compute_dtype or model.dtype
+    if model.device.type != "cuda" or dtype != torch.bfloat16 or torch.version.hip:
         return False
     d = model.config.head_dim
     return torch.cuda.get_device_capability(model.device)[0] >= 8 and d % 8 == 0 and d <= 128
@@ -44,49 +45,62 @@ def flash(
         0.0, True, False, seqused_k=used)[0]    # no dropout, causal, no debug mask
 
 
-def laid_end_to_end(lengths: Tensor, longest: int) -> Rows:
+def laid_end_to_end(lengths: Tensor) -> Rows:
     """lengths (N,) int64"""
-    return Rows(F.pad(lengths.cumsum(0), (1, 0)).int(), longest)
+    return Rows(F.pad(lengths.cumsum(0), (1, 0)).int(), max(lengths.tolist(), default=0))
 
 
 class FlashAttention:
-    """`ragged_attention` in one call over all rows: no mask, no padding, keys read once for all
-    the heads that share them. An update of Qwen2.5-1.5B takes 0.77 of the time with masks."""
+    """Causal attention of N rows laid end to end in one call: no mask, no padding, keys read once
+    for all the heads that share them. An update of Qwen2.5-1.5B takes 0.77 of the time with masks.
+
+    lengths (N,). If rows come after prompts: `before` (N,), how many keys of its prompt a row reads
+    before its own; `prompt_at` and `own_at` (N,), where both begin among all keys."""
     def __init__(
         self,
         lengths: Tensor,
-        prompt_lengths: Tensor | None = None,
-        prompt_of: Tensor | None = None,
+        before: Tensor | None = None,
+        prompt_at: Tensor | None = None,
+        own_at: Tensor | None = None,
     ):
-        longest = max(lengths.tolist(), default=0)
-        self.queries = laid_end_to_end(lengths, longest)
-        self.keys = self.queries
+        self.queries = self.keys = laid_end_to_end(lengths)
         self.source = None
-        if prompt_of is None:
-            return
-        # A row's keys are its prompt's, then its own. `source` says where each of them lies: the
-        # prompts' keys, (B · P) with padding, stand first, and the rows' own, (M), below.
+        if before is not None:
+            total = before + lengths
+            self.keys = laid_end_to_end(total)
+            row = torch.arange(len(total), device=total.device).repeat_interleave(total)  # (L,)
+            column = torch.arange(len(row), device=row.device) - self.keys.starts[row]
+            own = own_at[row] + column - before[row]
+            self.source = torch.where(column < before[row], prompt_at[row] + column, own)
+
+    @classmethod
+    def after_prompts(cls, lengths: Tensor, prompt_lengths: Tensor, prompt_of: Tensor):
+        """The prompts' keys (B, K, P, d) stand first, with their padding, and the rows' below."""
         B, P = len(prompt_lengths), int(prompt_lengths.max())
-        before = prompt_lengths[prompt_of]                                      # (N,)
-        total = before + lengths                                                # (N,)
-        self.keys = laid_end_to_end(total, P + longest)
-        row = torch.arange(len(total), device=total.device).repeat_interleave(total)      # (L,)
-        column = torch.arange(len(row), device=row.device) - self.keys.starts[row]        # (L,)
-        of_prompt = prompt_of[row] * P + column
-        of_row = B * P + self.queries.starts[row] + column - before[row]
-        self.source = torch.where(column < before[row], of_prompt, of_row)                # (L,)
+        own_at = B * P + lengths.cumsum(0) - lengths
+        return cls(lengths, prompt_lengths[prompt_of], prompt_of * P, own_at)
+
+    @classmethod
+    def with_prompts(cls, lengths: Tensor, prompt_lengths: Tensor, prompt_of: Tensor):
+        """The prompts are rows, too, the first ones; nothing stands before them."""
+        all_lengths = torch.cat([prompt_lengths, lengths])
+        own_at = all_lengths.cumsum(0) - all_lengths
+        nothing = torch.zeros_like(prompt_lengths)
+        return cls(
+            all_lengths, torch.cat([nothing, prompt_lengths[prompt_of]]),
+            torch.cat([nothing, own_at[prompt_of]]), own_at)
 
     def __call__(self, q, k, v, keys=None, values=None) -> Tensor:
-        """As ragged_attention says."""
+        """q (1, H, M, d), k and v (1, K, M, d); keys and values (B, K, P, d) of prompts that ran
+        before -> (1, H, M, d)."""
         q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))                     # (M, heads, d)
+        if keys is not None:
+            k = torch.cat([keys.transpose(1, 2).flatten(0, 1), k])
+            v = torch.cat([values.transpose(1, 2).flatten(0, 1), v])
         if self.source is not None:
-            k, v = self.after_prompts(keys, k), self.after_prompts(values, v)   # (L, K, d)
+            k = k.index_select(0, self.source)                                  # (L, K, d)
+            v = v.index_select(0, self.source)
         return flash(q, k, v, self.queries, self.keys).transpose(0, 1)[None]
-
-    def after_prompts(self, of_prompts: Tensor, own: Tensor) -> Tensor:
-        """of_prompts (B, K, P, d), own (M, K, d) -> (L, K, d)"""
-        stacked = torch.cat([of_prompts.transpose(1, 2).flatten(0, 1), own])
-        return stacked.index_select(0, self.source)
 
 
 class RowCaches:

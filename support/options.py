@@ -84,7 +84,8 @@ class Config:
     threads: int = switch(0, "CPU threads; 0: PyTorch's choice")
     rows: int = switch(0, "rows sampled at a time; 0: what fits in memory, at most 256")
     rows_per_pass: int = switch(8, "rows that go through an update together: a group, part of a "
-                                   "large one, or several small ones")
+                                   "large one, or several small ones; on a GPU by default as many "
+                                   "as hold 8,192 tokens")
     gradient_checkpointing: bool = switch(False, "compute activations again in backward: less "
                                                  "memory, about a third more time")
     shard: bool = switch(False, "each of torchrun's processes keeps only its part of fp32 weights, "
@@ -241,6 +242,9 @@ def fit_together(config: Config, algorithm: Algorithm, given: dict) -> Config:
             print("note: with objective pairs a whole group is a pass: "
                   f"--rows-per-pass {config.group_size}", file=sys.stderr)
         config = replace(config, rows_per_pass=config.group_size)
+    elif "rows_per_pass" not in given:
+        least = rows_that_fill(config.device, config.max_new_tokens)
+        config = replace(config, rows_per_pass=max(config.rows_per_pass, least))
     idle = [name for name in given if name in idle_switches(algorithm)]
     if idle:
         flags = ", ".join(flag(name) for name in idle)
@@ -255,6 +259,13 @@ def fit_together(config: Config, algorithm: Algorithm, given: dict) -> Config:
                   "rounding noise, more than the clip range; use --dtype float32 or wider "
                   "--clip-low and --clip-high", file=sys.stderr)
     return config
+
+
+def rows_that_fill(device: str, max_new_tokens: int) -> int:
+    """Rows of a pass that keep a GPU busy: fewer than 8,192 tokens, and it waits for Python to
+    launch its work (Qwen2.5-1.5B, 64 rows of 256 tokens: 1.2 s by eights, 0.5 s by 32)."""
+    on_gpu = torch.cuda.is_available() if device == "auto" else device.startswith("cuda")
+    return max(1, 8192 // max_new_tokens) if on_gpu else 1
 
 
 def idle_switches(algorithm: Algorithm) -> set[str]:

@@ -183,6 +183,7 @@ def shard(model: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> N
     settings = dict(
         mesh=init_device_mesh(device.type, (world(),)),
         mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32))
+    model.compute_dtype = dtype
     for block in model.layers:
         fully_shard(block, **settings)
     # The output matrix is used after forward has returned, so the rest stays until backward.

@@ -39,6 +39,55 @@ class Ragged:
         return tokens.transpose(0, 1)[None]
 
 
+class RowsAfterPrompts(NamedTuple):
+    """Rows that each go on where a prompt ends."""
+    lengths: Tensor           # (N,) of 1 or more
+    prompt_lengths: Tensor    # (B,)
+    prompt_of: Tensor         # (N,) the prompt of each row
+
+
+# ---- Causal attention within each row, in three situations ---------------------------------------
+#
+# Each returns f(q, k, v): q (1, H, M, d), k and v (1, K, M, d) -> (1, H, M, d).
+
+def attention_of_prompts(model, lengths: Tensor):
+    """Prompts alone; lengths (B,)."""
+    if has_flash(model):
+        return FlashAttention(lengths)
+    return MaskedAttention(model.config, lengths)
+
+
+def attention_after_prompts(model, rows: RowsAfterPrompts):
+    """Rows whose prompts have run before: f(q, k, v, keys, values), with the prompts' (B, K, P, d)
+    of this layer."""
+    if has_flash(model):
+        return FlashAttention.after_prompts(*rows)
+    return MaskedAttention(model.config, *rows)
+
+
+def attention_with_prompts(model, rows: RowsAfterPrompts):
+    """Prompts and rows in one pass, the prompts first."""
+    if has_flash(model):
+        return FlashAttention.with_prompts(*rows)
+    ragged = Ragged(rows.prompt_lengths, int(rows.prompt_lengths.max()))
+    of_prompts = MaskedAttention(model.config, rows.prompt_lengths)
+    of_rows = MaskedAttention(model.config, *rows)
+    sizes = [len(ragged.index), int(rows.lengths.sum())]
+
+    def attend(q, k, v):
+        prompt_q, q = q.split(sizes, dim=2)
+        prompt_k, k = k.split(sizes, dim=2)
+        prompt_v, v = v.split(sizes, dim=2)
+        out = [of_prompts(prompt_q, prompt_k, prompt_v)]
+        if sizes[1]:
+            out.append(of_rows(q, k, v, ragged.pad(prompt_k), ragged.pad(prompt_v)))
+        return torch.cat(out, dim=2)
+
+    return attend
+
+
+# ---- By products and masks -----------------------------------------------------------------------
+
 class Part(NamedTuple):
     """Some rows that attend in one product."""
     ragged: Ragged
@@ -46,24 +95,15 @@ class Part(NamedTuple):
     mask: Tensor                # (n or 1, 1, S·t, P + t) fp32, −inf where a query must not look
 
 
-def ragged_attention(
-    model, lengths: Tensor, prompt_lengths: Tensor | None = None, prompt_of: Tensor | None = None,
-):
-    """Causal attention of N rows laid end to end, each after a prompt of its own, if there is one.
-
-    lengths (N,) of 1 or more; prompt_lengths (B,); prompt_of (N,), the prompt of each row. Returns
-    f(q, k, v, keys=None, values=None): q (1, H, M, d), k and v (1, K, M, d) of the rows, keys and
-    values (B, K, P, d) of the prompts -> (1, H, M, d)."""
-    if has_flash(model):
-        return FlashAttention(lengths, prompt_lengths, prompt_of)
-    return MaskedAttention(model.config, lengths, prompt_lengths, prompt_of)
-
-
 class MaskedAttention:
-    """`ragged_attention` by products and masks, some rows at a time, so that neither padding nor
-    memory costs much."""
+    """Some rows at a time, so that neither padding nor memory costs much. Without prompts, or after
+    them."""
     def __init__(
-        self, config, lengths: Tensor, prompt_lengths: Tensor | None, prompt_of: Tensor | None,
+        self,
+        config,
+        lengths: Tensor,
+        prompt_lengths: Tensor | None = None,
+        prompt_of: Tensor | None = None,
     ):
         H, K = config.num_attention_heads, config.num_key_value_heads
         sizes = lengths.tolist()
