@@ -724,7 +724,7 @@ def test_rollout_metrics_of_hand_made_groups():
         group([True, True]),
         group([False, False], finished=False)]
     with_gold = [group([True, False], gold=True), *rollouts[1:]]
-    items = [Item(0, None, g, torch.zeros(2)) for g in with_gold]
+    items = [Item(0, None, g, torch.tensor([a, 0])) for g, a in zip(with_gold, (1.0, 2, 0, -1))]
     assert rollout_metrics(rollout_numbers(rollouts, items)) == {
         "gold/share": 0.25,
         "groups/sampled": 4,
@@ -733,6 +733,7 @@ def test_rollout_metrics_of_hand_made_groups():
         "groups/all_wrong": 0.5,
         "groups/mixed": 0.25,
         "groups/all_right": 0.25,
+        "groups/contrast": 0.75,
         "groups/cut_off": 0.25,
         "length/mean": 3.0,
         "length/truncated": 0.625}
