@@ -28,8 +28,7 @@ Everything else is our choice, and a switch of `Algorithm`:
     gold_clip     gold's ratio may rise by 0.2: earlier updates of a batch, on other groups, often
                   move it by more than GSPO's 4e-4, and gold would then have no gradient
     clip_low and clip_high are GSPO's, for a sequence ratio: 3e-4 and 4e-4
-    scale         advantages are divided by the group's standard deviation, as in GRPO
-    aggregation   the loss is a mean over rows of token means, as in GSPO
+    aggregation   the loss is a mean over rows of token means, as in GSPO; scale is GRPO's
 
 Letters: G rows of one group, N rows of any groups stacked, P prompt length, T response length.
 No function writes into a tensor that it was given.
@@ -76,6 +75,18 @@ def switch(default, text: str, choices: tuple = ()):
     return field(default=default, metadata={"help": text, "choices": choices})
 
 
+NEEDS = (    # with a switch at this value, another must be one of these, because …
+    ("objective", "pairs", "train_on", ("rollouts",), "pairs are right and wrong rollouts"),
+    ("objective", "pairs", "kl_coef", (0,), "the reference model is in the loss already"),
+    ("objective", "pairs", "gold_rivals", ("keep",), "a pair is gold and one of its rivals"),
+    ("objective", "pairs", "gold_weight", (1,), "of an advantage only the sign counts"),
+    ("objective", "pairs", "virtual_right", ("never",), "a pair needs two responses"),
+    ("gold_shape", "ratio", "gold_old", ("one",), "it shapes a probability"),
+    ("gold_shape", "ratio", "objective", ("clipped", "pairs"), "its gradient is the shape's own"),
+    ("scale", "mean", "overlong", (0,), "rewards must not be negative"),
+    ("train_on", "right", "resample", ("none", "history"), "wrong responses are dropped anyway"))
+
+
 @dataclass(frozen=True)
 class Algorithm:
     """Every choice of the family. An algorithm of the literature is one setting of the switches.
@@ -94,10 +105,19 @@ class Algorithm:
     gold_shape: str = switch("none", "ratio: gold's token ratios p become p / (p + 0.1), "
                                      "unclipped (LUFFY)", ("none", "ratio"))
     gold_clip: float | None = switch(None, "gold's own upper clip; none: gold is never clipped")
+    gold_rivals: str = switch("keep", "wrong rollouts beside gold keep their advantages, or get 0",
+                              ("keep", "zero"))
+    gold_advantage: str = switch("group", "gold's advantage: as its group gives it, or 1 as in SFT",
+                                 ("group", "one"))
+    gold_weight: float = switch(1.0, "factor of gold's advantage, and so of its row's objective")
 
     # Advantages, the ratio and its clip range, and the loss
-    scale: str = switch("std", "divide a group's advantages by its standard deviation, or do not "
-                               "(Dr. GRPO)", ("std", "none"))
+    virtual_right: str = switch("never", "which groups count one more reward, a 1, in their mean "
+                                         "and deviation (NGRPO): those without a right response, "
+                                         "all, or none", ("all_wrong", "always", "never"))
+    scale: str = switch("std", "divide a group's advantages by its standard deviation, by nothing "
+                               "(Dr. GRPO), or by its mean reward (MaxRL)",
+                        ("std", "none", "mean"))
     level: str = switch("token", "one importance ratio per token, or per sequence (the geometric "
                                  "mean of its tokens')", ("sequence", "token"))
     clip_low: float = switch(0.2, "ε_low: no gradient once a bad row's ratio is below 1 − ε_low")
@@ -107,21 +127,21 @@ class Algorithm:
                               ("row_mean", "token_mean", "fixed_length"))
     kl_coef: float = switch(0.0, "weight of a KL penalty of the rollouts against the frozen start "
                                  "model (loaded only if needed), in groups with contrast")
-    objective: str = switch("clipped", "the clipped surrogate, or DPO's loss of pairs: each "
+    objective: str = switch("clipped", "the clipped surrogate; cispo: the clipped ratio, without "
+                                       "gradient, times A · log π; or DPO's loss of pairs: each "
                                        "response above its group's mean reward with each below",
-                            ("clipped", "pairs"))
+                            ("clipped", "cispo", "pairs"))
     beta: float = switch(0.1, "DPO's β, with objective pairs")
 
     # What is sampled and kept: these act in train.py
-    train_on: str = switch("rollouts", "rollouts: groups sampled from the policy; gold: gold "
-                                       "answers alone (SFT)", ("rollouts", "gold"))
-    sft_share: float = switch(0.0, "share of the steps, the first ones, that train on gold alone: "
-                                   "SFT, then RL (SFT ignores the other switches, but for "
-                                   "--aggregation if it is given)")
-    resample: str = switch("none", "dynamic: sample further problems until every group has right "
-                                   "and wrong responses; history: at the end of each epoch drop "
-                                   "problems whose rollouts were all right",
-                           ("none", "dynamic", "history"))
+    train_on: str = switch("rollouts", "rollouts: groups sampled from the policy; right: of these "
+                                       "the right responses alone, as in SFT (RFT); gold: gold "
+                                       "answers alone (SFT)", ("rollouts", "right", "gold"))
+    sft_share: float = switch(0.0, "share of the steps, the first ones, that are SFT on gold (of "
+                                   "all switches it heeds --aggregation, if given)")
+    resample: str = switch("none", "dynamic: sample further problems until every group has "
+                                   "contrast; history: at the end of each epoch drop problems "
+                                   "whose rollouts were all right", ("none", "dynamic", "history"))
     max_tries: int = switch(3, "rounds of sampling per step at most, with resample dynamic")
     overlong: float = switch(0.0, "over this last share of max_new_tokens a rollout's reward "
                                   "falls linearly, by 1 in all")
@@ -132,7 +152,7 @@ class Algorithm:
             choices = spec.metadata.get("choices")
             if choices and value not in choices:
                 raise ValueError(f"{name}={value}: choose one of {', '.join(choices)}")
-        for name in ("clip_low", "clip_high", "gold_clip", "kl_coef", "beta"):
+        for name in ("clip_low", "clip_high", "gold_clip", "gold_weight", "kl_coef", "beta"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < float("inf"):
                 raise ValueError(f"{name}={value}: must be 0 or more, and finite")
@@ -141,13 +161,10 @@ class Algorithm:
                 raise ValueError(f"{name}={getattr(self, name)}: must be from 0 to 1")
         if self.max_tries < 1:
             raise ValueError(f"max_tries={self.max_tries}: must be 1 or more")
-        if self.objective == "pairs" and self.train_on == "gold":
-            raise ValueError("objective=pairs: gold alone (train_on=gold) makes no pairs")
-        if self.objective == "pairs" and self.kl_coef > 0:
-            raise ValueError(f"kl_coef={self.kl_coef}: with objective=pairs the reference model is "
-                             "in the loss already; leave it at 0")
-        if self.gold_shape == "ratio" and self.gold_old != "one":
-            raise ValueError("gold_shape=ratio: it shapes a probability, so it needs gold_old=one")
+        for name, value, other, allowed, why in NEEDS:
+            if getattr(self, name) == value and getattr(self, other) not in allowed:
+                raise ValueError(f"{name}={value}: {why}, so it needs {other}="
+                                 f"{' or '.join(map(str, allowed))}")
 
     @property
     def needs_reference(self) -> bool:
@@ -170,13 +187,26 @@ SRPO = replace(
 LUFFY = replace(
     GRPO, name="luffy", paper="arXiv 2504.14945", gold_when="always", gold_old="one",
     gold_shape="ratio", aggregation="token_mean", scale="none")
+DYME = replace(
+    GRPO, name="dyme", paper="arXiv 2506.23061", gold_when="all_wrong", gold_slot="first",
+    gold_clip=0.2, gold_rivals="zero", gold_advantage="one")
+NGRPO = replace(
+    GRPO, name="ngrpo", paper="arXiv 2509.18851", virtual_right="always", clip_low=0.16,
+    clip_high=0.24, aggregation="token_mean", resample="dynamic")
+CISPO = replace(    # weights from 0 to 5: ScaleRL's bound (arXiv 2510.13786), as in TRL
+    GRPO, name="cispo", paper="arXiv 2506.13585", objective="cispo", clip_low=1.0, clip_high=4.0,
+    aggregation="token_mean")
+MAXRL = replace(
+    GRPO, name="maxrl", paper="arXiv 2602.02710", scale="mean", aggregation="token_mean")
 DPO = replace(
     GRPO, name="dpo", paper="arXiv 2305.18290", objective="pairs", gold_when="all_wrong")
 SFT = replace(GRPO, name="sft", paper="", train_on="gold", aggregation="token_mean")
 SFT_GCPO = replace(GCPO, name="sft_gcpo", sft_share=0.5)
+RFT = replace(SFT, name="rft", paper="arXiv 2308.01825", train_on="right", gold_when="always")
 
-ALGORITHMS = {
-    a.name: a for a in (GCPO, GRPO, DR_GRPO, DAPO, GSPO, SRPO, LUFFY, DPO, SFT, SFT_GCPO)}
+ALGORITHMS = {a.name: a for a in (
+    GCPO, GRPO, DR_GRPO, DAPO, GSPO, SRPO, CISPO, MAXRL, NGRPO, LUFFY, DYME, DPO, SFT, RFT,
+    SFT_GCPO)}
 
 
 # ---- When contrast fails, go gold ----------------------------------------------------------------
@@ -220,21 +250,12 @@ def substitute_gold(
     logprobs[:, :T] = group.logprobs
     logprobs[row] = float("nan")
 
-    def with_row(column, value):
-        """A copy of a column (G,), changed in gold's row."""
-        column = column.clone()
-        column[row] = value
-        return column
-
-    return Group(
-        prompt=group.prompt,
-        responses=responses,
-        logprobs=logprobs,
-        lengths=with_row(group.lengths, len(gold_ids)),
-        finished=with_row(group.finished, True),
-        correct=with_row(group.correct, True),
-        rewards=with_row(group.rewards, gold_reward),
-        is_gold=with_row(group.is_gold, True))
+    of_gold = dict(
+        lengths=len(gold_ids), finished=True, correct=True, rewards=gold_reward, is_gold=True)
+    columns = {name: getattr(group, name).clone() for name in of_gold}    # (G,) each
+    for name, value in of_gold.items():
+        columns[name][row] = value
+    return replace(group, responses=responses, logprobs=logprobs, **columns)
 
 
 def gold_group(prompt: Tensor, gold_ids: Tensor) -> Group:
@@ -251,6 +272,8 @@ def group_advantages(rewards: Tensor, scale: str = "std") -> Tensor:
     """How much better each response did than its group: rewards (G,) -> advantages (G,), fp32.
 
     Equal rewards give exactly 0, even if their mean is rounded: 0.1 eight times must not be noise.
+    scale="mean" wants rewards of 0 or more, or raises ValueError: a negative mean would turn every
+    sign. Where they differ the mean is then at least 1/G of the best, so A is at most G − 1.
 
     >>> group_advantages(torch.tensor([1., 0, 0, 0, 0, 0, 0, 0]))       # gold among seven failures
     tensor([ 2.4742, -0.3535, -0.3535, -0.3535, -0.3535, -0.3535, -0.3535, -0.3535])
@@ -261,7 +284,32 @@ def group_advantages(rewards: Tensor, scale: str = "std") -> Tensor:
     advantages = rewards - rewards.mean()
     if scale == "std":
         advantages = advantages / (rewards.std(correction=1) + ADVANTAGE_EPS)
+    if scale == "mean":
+        if rewards.min() < 0:
+            raise ValueError(f"scale=mean: a reward is {rewards.min():g}; it must be 0 or more")
+        advantages = advantages / rewards.mean()
     return advantages
+
+
+def advantages_of(group: Group, algorithm: Algorithm) -> Tensor:
+    """Advantages (G,) of a group that is trained on, with gold in it if it gets any.
+
+    If all of 8 rollouts are wrong, the switches span a square, (gold's; each wrong one's):
+
+                          negatives keep theirs     negatives get 0
+        with a gold row   GCPO   2.474; −0.354      DyME   1; 0
+        without           NGRPO  −0.333             GRPO   0                               """
+    rewards, when = group.rewards, algorithm.virtual_right
+    if when == "always" or (when == "all_wrong" and not group.correct.any()):
+        rewards = torch.cat([rewards, rewards.new_ones(1)])                         # (G + 1,)
+    advantages = group_advantages(rewards, algorithm.scale)[:len(group.rewards)]    # (G,)
+    if not group.is_gold.any():
+        return advantages
+    if algorithm.gold_rivals == "zero":
+        advantages = torch.where(group.correct, advantages, 0.0)
+    if algorithm.gold_advantage == "one":
+        advantages = torch.where(group.is_gold, 1.0, advantages)
+    return torch.where(group.is_gold, algorithm.gold_weight * advantages, advantages)
 
 
 def overlong_penalty(lengths: Tensor, max_new_tokens: int, share: float) -> Tensor:
@@ -377,10 +425,14 @@ def policy_loss(
 
     ratio = importance_ratio(logprobs, old_logprobs, mask, is_gold, algorithm)       # (N, T)
     low, high = clip_range(is_gold, algorithm, logprobs.dtype)                       # (N, 1)
-    # The least of ratio · A and clip(ratio) · A. Where that is the second, nothing has a gradient.
-    clipped = ((ratio < low) & (advantage < 0)) | ((ratio > high) & (advantage > 0))  # (N, T)
     bound = ratio.detach().clamp(low, high)
-    surrogate = torch.where(clipped, bound, ratio) * advantage
+    if algorithm.objective == "cispo":    # every token keeps its gradient, with a bounded weight
+        clipped = (ratio < low) | (ratio > high)                                     # (N, T)
+        surrogate = bound * advantage * logprobs
+    else:
+        # The least of ratio · A and clip(ratio) · A. Where it is the second, there is no gradient.
+        clipped = ((ratio < low) & (advantage < 0)) | ((ratio > high) & (advantage > 0))
+        surrogate = torch.where(clipped, bound, ratio) * advantage
     token_loss = -surrogate                                                          # (N, T)
     if algorithm.kl_coef > 0:
         ref_logprobs = torch.where(mask, context.ref_logprobs, 0.0)

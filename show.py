@@ -41,7 +41,11 @@ def main():
 def show(run: Run) -> None:
     """Print one group, take one step on it, and print what that did."""
     run.problems = [p for p in run.problems if p.gold_ids is not None] or run.problems
-    item = collect(run, 0, State())[1][0]
+    items = collect(run, 0, State())[1]
+    if not items:
+        raise InputError("nothing to show: no response was right and there is no gold; another "
+                         "--seed may have more luck")
+    item = items[0]
     before = score(run.policy, [item], run.config)[0]    # (G, T)
     item.old_logprobs = before
     if run.algorithm.needs_reference:    # the model as it starts is its own reference
@@ -57,8 +61,8 @@ def show(run: Run) -> None:
     if norm is None:
         print("\nno contrast: every advantage is 0, so there is no step")
     else:
-        print(f"\nloss {sums['loss']:.4f} ({why(run)}), gradient norm {norm:.3g}, learning rate "
-              f"{run.config.lr:g} (in training it is warmed up to)")
+        print(f"\nloss {sums['loss']:.4f} ({why(run, item)}), gradient norm {norm:.3g}, "
+              f"learning rate {run.config.lr:g} (in training it is warmed up to)")
     print_responses(run, item.group)
 
 
@@ -82,12 +86,16 @@ def print_table(run: Run, item: Item, before: torch.Tensor, after: torch.Tensor)
               f"{item.advantages[row].item():11.4f}{p0:13.4f}{r0:9.4f}{p1:13.4f}{r1:9.4f}")
 
 
-def why(run: Run) -> str:
+def why(run: Run, item: Item) -> str:
     """Why the loss is what it is at ratio 1."""
-    if run.algorithm.train_on == "gold":
+    if run.algorithm.objective == "cispo":
+        return "a weight times advantage times log p, whose gradient alone means something"
+    if run.algorithm.train_on != "rollouts":
         return "−1 by construction, ratio times advantage"
     if run.algorithm.objective == "pairs":
         return "log 2 where a model is its own reference"
+    if abs(item.advantages.sum()) > 1e-3:
+        return "ratios are 1, but here advantages do not add up to 0"
     if run.algorithm.gold_old == "one":
         return "advantages add up to 0, but gold's ratio is not 1"
     if run.algorithm.aggregation != "row_mean":

@@ -18,8 +18,8 @@ import torch
 
 import gcpo as gcpo_module
 from gcpo import (
-    ALGORITHMS, Algorithm, Group, gold_group, group_advantages, kl_estimate, log_ratio,
-    overlong_penalty, policy_loss, substitute_gold)
+    ALGORITHMS, Algorithm, Group, advantages_of, gold_group, group_advantages, kl_estimate,
+    log_ratio, overlong_penalty, policy_loss, substitute_gold)
 from logprobs import token_logprobs
 from model import Transformer, read_config
 from support.dpo import pair_loss
@@ -82,6 +82,22 @@ def test_loss_equals_the_golden_numbers(level, low, high, row_mean, token_mean, 
         algorithm = Algorithm(
             "test", level=level, clip_low=low, clip_high=high, aggregation=aggregation)
         assert loss_of(algorithm).item() == pytest.approx(number, abs=1e-6)
+
+
+@pytest.mark.parametrize("level, bound, number, gradient", [
+    ("token", 5.0, 1.366680, [-0.442068, -0.327492, -0.659488, 0.221034, 0.148164]),
+    ("token", 1.2, 1.097448, [-0.442068, -0.327492, -0.48, 0.221034, 0.148164]),
+    ("token", 1.1, 1.036827, [-0.44, -0.327492, -0.44, 0.22, 0.148164]),
+    ("sequence", 5.0, 1.199701, [-0.457052, -0.457052, -0.457052, 0.180967, 0.180967]),
+    ("sequence", 1.1, 1.146839, [-0.44, -0.44, -0.44, 0.180967, 0.180967])])
+def test_cispo_equals_the_golden_numbers(level, bound, number, gradient):
+    """CISPO's loss and gradient on the hand-made rows are what TRL 1.16's loss_type="cispo" gives
+    (trl_loss of tests/test_peers.py), whose epsilon_high is the bound itself, not ours above 1.
+
+    (Bugs: a token without gradient at the bound; a bound that only good rows have.)"""
+    algorithm = replace(ALGORITHMS["cispo"], level=level, clip_high=bound - 1)
+    assert loss_of(algorithm).item() == pytest.approx(number, abs=1e-6)
+    assert gradient_of(algorithm)[MASK].tolist() == pytest.approx(gradient, abs=1e-6)
 
 
 def test_sequence_ratio_is_the_geometric_mean():
@@ -171,7 +187,9 @@ def test_kl_estimate_near_zero(d):
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_gradient_equals_finite_differences(name):
     """The gradient is the loss's own. (Bugs: something detached, or a branch that only the gradient
-    takes. That the loss is right, the golden numbers say.)"""
+    takes. That the loss is right, the golden numbers say.)
+
+    CISPO's ratio has no gradient. There old logprobs are nudged too, which leaves it as it is."""
     algorithm = with_kl(name)
     generator = torch.Generator().manual_seed(3)
     old = -torch.rand(3, 4, dtype=torch.float64, generator=generator) * 3
@@ -187,8 +205,9 @@ def test_gradient_equals_finite_differences(name):
     for i, t in itertools.product(range(3), range(4)):
         nudge = torch.zeros_like(new)
         nudge[i, t] = step
-        above = loss_of(algorithm, new + nudge, **more)
-        below = loss_of(algorithm, new - nudge, **more)
+        old_nudge = nudge if algorithm.objective == "cispo" else 0.0
+        above = loss_of(algorithm, new + nudge, **{**more, "old": old + old_nudge})
+        below = loss_of(algorithm, new - nudge, **{**more, "old": old - old_nudge})
         numeric = (above - below) / (2 * step)
         assert analytic[i, t].item() == pytest.approx(numeric.item(), abs=1e-8)
 
@@ -226,6 +245,124 @@ def test_equal_rewards_give_no_advantage(reward, size):
         assert group_advantages(torch.full((size,), reward), scale).tolist() == [0.0] * size
 
 
+@pytest.mark.parametrize("right", range(1, 8))
+def test_scale_mean_is_maxrls(right):
+    """MaxRL's advantages are its authors', (r − mean) / (mean + 1e-6): with k of 8 right, (8 − k)/k
+    for these and −1 for the others. So they add up to 0, and none right gives 0, not 0/0. (Bugs:
+    a division by 0; ±1 as rewards, whose negative mean turns good into bad.)"""
+    rewards = (torch.arange(8) < right).float()
+    advantages = group_advantages(rewards, "mean")
+    theirs = (rewards - right / 8) / (right / 8 + 1e-6)
+    assert advantages.tolist() == pytest.approx(theirs.tolist(), rel=1e-5)
+    assert advantages.tolist() == pytest.approx([(8 - right) / right] * right + [-1] * (8 - right))
+    assert group_advantages(torch.zeros(8), "mean").tolist() == [0] * 8
+    with pytest.raises(ValueError, match="scale=mean: a reward is -1"):
+        group_advantages(2 * rewards - 1, "mean")
+
+
+# ---- The square: what gold and negatives do if all rollouts are wrong ----------------------------
+
+def group_of(right, size=8, **switches):
+    """A group with `right` right rollouts, with what gcpo.py does before the loss, and its
+    advantages. Gold takes the first wrong row."""
+    correct = torch.arange(size) >= size - right
+    group = Group(
+        prompt=torch.tensor([1]), responses=torch.ones(size, 3, dtype=torch.long),
+        lengths=torch.full((size,), 3), finished=torch.ones(size, dtype=torch.bool),
+        logprobs=torch.zeros(size, 3), correct=correct, rewards=correct.float(),
+        is_gold=torch.zeros(size, dtype=torch.bool))
+    algorithm = replace(ALGORITHMS["gcpo"], **{"gold_slot": "first", **switches})
+    group = substitute_gold(group, torch.tensor([5, 6]), algorithm, torch.Generator())
+    return advantages_of(group, algorithm).tolist()
+
+
+SQUARE = [  # what is set, gold's or the first row's advantage, and each other row's
+    (dict(), 2.474, -0.354),                                                # GCPO
+    (dict(gold_rivals="zero"), 2.474, 0),
+    (dict(gold_rivals="zero", gold_advantage="one"), 1, 0),                 # DyME
+    (dict(gold_when="never", virtual_right="all_wrong"), -0.333, -0.333),   # NGRPO
+    (dict(gold_when="never"), 0, 0),                                        # GRPO, GSPO
+    (dict(gold_weight=3.0), 3 * 2.474, -0.354),
+    (dict(gold_weight=0.0), 0, -0.354)]
+
+
+@pytest.mark.parametrize("switches, gold, rival", SQUARE)
+def test_corners_of_the_square(switches, gold, rival):
+    """With G = 8, all wrong, each switch changes the row it names and no other: negatives go
+    without gold's advantage changing, and gold is weighed without theirs changing. (Bug: a
+    comparison of "no negatives" that also changes how much gold weighs.)"""
+    advantages = group_of(0, **switches)
+    assert advantages == pytest.approx([gold] + [rival] * 7, abs=2e-3)
+    corner = group_of(0)
+    if "gold_weight" in switches:
+        assert advantages[1:] == corner[1:]
+    if switches == dict(gold_rivals="zero"):
+        assert advantages[0] == corner[0]
+
+
+@pytest.mark.parametrize("name, right, expected", [
+    # the README's and its authors' numbers: where gold stands or a rollout is right, then the rest
+    ("gcpo", 0, [2.4742, -0.3535]), ("dyme", 0, [1, 0]),
+    ("ngrpo", 0, [-0.3333]), ("ngrpo", 4, [0.843, -1.054]), ("ngrpo", 8, [0]),
+    ("grpo", 0, [0]), ("grpo", 4, [0.935, -0.935]), ("dyme", 4, [0.935, -0.935]),
+    ("dyme", 8, [0]), ("maxrl", 0, [0]), ("maxrl", 2, [3, -1]), ("cispo", 0, [0])])
+def test_presets_advantages_are_their_authors(name, right, expected):
+    """The presets give groups of 8 the advantages that their papers or programs give. (Bugs: a
+    virtual reward that gets a row of its own, or is forgotten where some rollouts are right; gold
+    of DyME's that is divided by a deviation.)"""
+    algorithm = ALGORITHMS[name]
+    switches = {n: getattr(algorithm, n) for n in (
+        "gold_when", "gold_rivals", "gold_advantage", "gold_weight", "virtual_right", "scale")}
+    advantages = group_of(right, **switches)
+    assert len(advantages) == 8
+    found = sorted({round(a, 3) for a in advantages}, reverse=True)
+    assert found == pytest.approx(expected, abs=1e-3)
+
+
+def test_the_squares_switches_leave_other_groups_alone():
+    """gold_rivals, gold_advantage and gold_weight act in groups with gold alone, on wrong rows and
+    on gold; virtual_right=all_wrong in those without a right response. (Bug: a switch that
+    reaches mixed groups, or the right rollouts beside gold.)"""
+    of_gold = dict(gold_rivals="zero", gold_advantage="one", gold_weight=3.0)
+    assert group_of(2, **of_gold) == group_of(2)
+    assert group_of(0, virtual_right="all_wrong") == group_of(0)    # gold is right
+    assert group_of(2, virtual_right="all_wrong") == group_of(2)
+    assert group_of(2, virtual_right="always") != group_of(2)
+    plain = group_of(2, gold_when="always")
+    changed = group_of(2, gold_when="always", **of_gold)
+    assert changed == [3.0] + [0.0] * 5 + plain[6:]
+
+
+def test_gold_weight_is_a_factor_of_gold_s_objective():
+    """gold_weight multiplies gold's part of loss and gradient, clipped or not, and nothing else, so
+    it may be put into the advantage. (Bug: a weight that also moves the clip, or the denominator.)
+    And a zeroed rival has no gradient, though its row still counts."""
+    for old, objective in itertools.product((OLD, OLD - 1.0), ("clipped", "cispo")):
+        gcpo = replace(ALGORITHMS["gcpo"], objective=objective, clip_low=0.2)
+        more = dict(old=old, is_gold=GOLD_FIRST)
+        base = gradient_of(gcpo, **more)
+        tripled = gradient_of(gcpo, advantages=ADVANTAGES * torch.tensor([3.0, 1.0]), **more)
+        assert torch.allclose(tripled[0], 3 * base[0], rtol=1e-6)
+        assert torch.equal(tripled[1], base[1])
+        alone = gradient_of(gcpo, advantages=ADVANTAGES * torch.tensor([1.0, 0.0]), **more)
+        assert torch.equal(alone[0], base[0]) and not alone[1][MASK[1]].any()
+
+
+def test_cispo_keeps_every_tokens_gradient():
+    """A token beyond the bound still has a gradient, of the bound's weight, where the clipped
+    surrogate has none; at ratio 1 the two have the same. (Bug: a gradient through the ratio.)"""
+    cispo = replace(ALGORITHMS["cispo"], clip_low=0.1, clip_high=0.1)
+    clipped = replace(cispo, objective="clipped")
+    at_one = [gradient_of(a, old=None) for a in (cispo, clipped)]
+    assert torch.allclose(*at_one, rtol=1e-6)
+    far = torch.where(MASK, NEW - math.log(2), NAN)    # every ratio is 2
+    assert not gradient_of(clipped, old=far)[0].any()
+    expected = torch.where(MASK, -1.1 * ADVANTAGES[:, None] / 5, 0.0)
+    assert torch.allclose(gradient_of(cispo, old=far), expected, rtol=1e-6)
+    _, sums = loss_and_sums(cispo, old=far)
+    assert sums["policy_clipped"] == 5
+
+
 # ---- Masks, padding, batching --------------------------------------------------------------------
 
 def test_mask_counts_the_end_token_even_if_it_is_the_pad_token():
@@ -260,7 +397,7 @@ def test_padding_never_reaches_loss_or_gradient(name, poison):
     assert not gradient[~mask].any()
 
 
-@pytest.mark.parametrize("name", [n for n, a in ALGORITHMS.items() if a.objective == "clipped"])
+@pytest.mark.parametrize("name", [n for n, a in ALGORITHMS.items() if a.objective != "pairs"])
 def test_parts_of_a_step_add_up(name):
     """Row by row, in any order, with the step's totals, losses and metric sums add up to those of
     all rows at once. (Bug: a loss normalised per micro-batch.)"""
@@ -320,7 +457,11 @@ ONE_CHANGE = [  # switch, value, rows whose gradient changes (row 0: gold, A > 0
     ("aggregation", "token_mean", [0, 1]),
     ("aggregation", "fixed_length", [0, 1]),
     ("kl_coef", 0.1, [1]),
-    # These do not touch the loss.
+    # These do not touch the loss, but the advantages before it (the square, above).
+    ("gold_rivals", "zero", []),
+    ("gold_advantage", "one", []),
+    ("gold_weight", 3.0, []),
+    ("virtual_right", "always", []),
     ("scale", "none", []),
     ("gold_when", "never", []),
     ("gold_slot", "first", [])]
@@ -397,10 +538,14 @@ def test_no_contrast_no_gradient():
     dict(level="word"), dict(clip_low=-0.1), dict(gold_clip=NAN), dict(gold_shape="ratio"),
     dict(kl_coef=float("inf")), dict(overlong=1.5), dict(sft_share=-0.1), dict(max_tries=0),
     dict(objective="pairs", kl_coef=0.1), dict(objective="pairs", train_on="gold"),
-    dict(beta=NAN)], ids=str)
+    dict(beta=NAN), dict(gold_weight=-1.0), dict(gold_rivals="half"), dict(scale="max"),
+    dict(objective="pairs", gold_rivals="zero"), dict(objective="pairs", gold_weight=2.0),
+    dict(objective="pairs", virtual_right="always"), dict(objective="pairs", train_on="right"),
+    dict(scale="mean", overlong=0.2), dict(train_on="right", resample="dynamic"),
+    dict(gold_shape="ratio", gold_old="one", objective="cispo")], ids=str)
 def test_impossible_settings_are_refused(bad):
-    """(Bug: a setting that is silently ignored.)"""
-    with pytest.raises(ValueError):
+    """Each is refused by name, "switch=value: why". (Bug: a setting that is silently ignored.)"""
+    with pytest.raises(ValueError, match=r"^\w+=\S+: "):
         Algorithm("bad", **bad)
 
 

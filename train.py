@@ -34,7 +34,7 @@ import torch
 from data import (
     Limits, Notes, Problem, Tokenizer, grade_group, load_tokenizer, prepare, read_problems)
 from gcpo import (
-    ALGORITHMS, Algorithm, Group, gold_group, group_advantages, overlong_penalty, policy_loss,
+    ALGORITHMS, Algorithm, Group, advantages_of, gold_group, overlong_penalty, policy_loss,
     substitute_gold)
 from grader import Reward
 from logprobs import encode_prompts, score_responses
@@ -197,8 +197,9 @@ def collect(run: Run, step: int, state: State) -> tuple[list[Group], list[Item]]
     Items have gold put in. An item whose advantages are 0 is not learned from, but counts in the
     totals. With dynamic sampling (DAPO, arXiv 2503.14476, eq. 11) groups all right or all wrong are
     replaced by those of further problems, in `max_tries` rounds at most; if some are still missing,
-    the latest of them fill up, with advantages 0. SFT samples nothing; a problem without gold
-    leaves its position empty."""
+    the latest of them fill up, with advantages 0. (All wrong may stay where a virtual reward gives
+    it contrast, as in NGRPO.) SFT samples nothing. A problem without gold leaves its position empty
+    there, one without right response in RFT."""
     config = run.config
     if run.algorithm.train_on == "gold":
         numbers = next_problems(config.prompts, len(run.problems), state, config.seed)
@@ -207,6 +208,9 @@ def collect(run: Run, step: int, state: State) -> tuple[list[Group], list[Item]]
                     for i, p in chosen if p.gold_ids is not None]
 
     dynamic = run.algorithm.resample == "dynamic"
+    no_contrast = {0, config.group_size}    # numbers of right responses
+    if run.algorithm.virtual_right != "never":
+        no_contrast = {config.group_size}
     rollouts, kept, spare = [], [], []
     tried = filled = 0
     for _ in range(run.algorithm.max_tries if dynamic else 1):
@@ -216,7 +220,7 @@ def collect(run: Run, step: int, state: State) -> tuple[list[Group], list[Item]]
         rollouts += groups
         for item in items:
             right = int(item.group.correct.sum())    # gold among them
-            if dynamic and right in (0, config.group_size):
+            if dynamic and right in no_contrast:
                 # No contrast in correctness: zero advantage, even if the overlong penalty made
                 # rewards differ.
                 spare.append(replace(item, advantages=torch.zeros_like(item.advantages)))
@@ -225,7 +229,9 @@ def collect(run: Run, step: int, state: State) -> tuple[list[Group], list[Item]]
         [filled] = parallel.all_sum(len(kept))
         if filled == config.prompts:
             break
-    return rollouts, renumber(kept, spare, config.prompts)
+    if dynamic:
+        kept = renumber(kept, spare, config.prompts)
+    return rollouts, kept
 
 
 def next_problems(count: int, size: int, state: State, seed: int) -> list[int]:
@@ -268,13 +274,21 @@ def sample_and_grade(run: Run, step: int, numbers: list[int], first: int, state:
         group = grade_group(group, p, run.tokenizer, run.reward)
         penalty = overlong_penalty(group.lengths, config.max_new_tokens, algorithm.overlong)
         group = replace(group, rewards=group.rewards + penalty)
+        if algorithm.scale == "mean" and group.rewards.min() < 0:    # before it turns any sign
+            raise InputError(f"--scale mean: the reward gave {group.rewards.min():g}, and it "
+                             "divides by the mean reward; rewards must be 0 or more")
         groups.append(group)
         outcomes.append((number, bool(group.correct.all())))
         if p.gold_ids is not None:
             # A third number in the seed: another stream than the sampler's
             generator = prompt_generator((config.seed, step, 1), position, 0)
             group = substitute_gold(group, p.gold_ids, algorithm, generator, p.gold_reward)
-        items.append(Item(position, p, group, group_advantages(group.rewards, algorithm.scale)))
+        advantages = advantages_of(group, algorithm)
+        if algorithm.train_on == "right":    # SFT on what is right: rollouts and gold
+            group = only_right(group)
+            advantages = torch.ones(len(group.lengths))
+        if len(advantages) > 0:
+            items.append(Item(position, p, group, advantages))
     if algorithm.resample == "history":
         outcomes = sum(parallel.all_gather(outcomes), [])
         missed = {n for n, right in outcomes if not right}    # a problem may come twice
@@ -282,10 +296,15 @@ def sample_and_grade(run: Run, step: int, numbers: list[int], first: int, state:
     return groups, items
 
 
+def only_right(group: Group) -> Group:
+    """The right rows of a group, gold among them: (G,) -> (number right,), which may be 0."""
+    columns = {name: x[group.correct] for name, x in vars(group).items() if name != "prompt"}
+    return Group(group.prompt, **columns)
+
+
 def renumber(kept: list[Item], spare: list[Item], count: int) -> list[Item]:
     """Positions 0 … count − 1 for those kept, filled up with the latest spare ones. Over all
-    processes, because the position decides which update a group belongs to. (Without dynamic
-    sampling it changes nothing.)"""
+    processes, because the position decides which update a group belongs to."""
     positions = lambda items: sum(parallel.all_gather([i.position for i in items]), [])
     order = sorted(positions(kept))
     order += sorted(positions(spare), reverse=True)[:count - len(order)]
@@ -301,8 +320,8 @@ def learn(run: Run, items: list[Item]) -> Learned:
     order. Each group is used in exactly one update.
 
     π_old of later minibatches is scored here, before the first update moves the weights. The first
-    needs none: there the policy is π_old, and `backward` detaches its logprobs. Nor does SFT, whose
-    ratio is 1 by definition."""
+    needs none: there the policy is π_old, and `backward` detaches its logprobs. Nor do SFT and RFT,
+    whose ratio is 1 by definition."""
     config = run.config
     minibatches = [[] for _ in range(config.updates)]
     for item in items:

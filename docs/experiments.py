@@ -1,6 +1,7 @@
 """The experiments of docs/results.md, on the toy.
 
     python docs/experiments.py toy|ablations|regimes|golds [--jobs 2] [--seeds 3]
+    python docs/experiments.py square [--seeds 5] | scarce [--seeds 8]    as docs/plan.md says
     python docs/experiments.py real --work DIR     only the tables of what docs/run_real.sh has run
 
 Each arm is one train.py command, in a process of its own with one thread, `--jobs` of them at a
@@ -10,6 +11,7 @@ often as one likes. When all is there it prints a table in Markdown, and leaves 
 docs/runs/EXPERIMENT, from which plot.py draws.
 """
 import argparse
+import contextlib
 import itertools
 import json
 import math
@@ -63,8 +65,9 @@ def main():
 
 # ---- Running -------------------------------------------------------------------------------------
 
-def run_all(name: str, arms: dict[str, list[str]], args) -> dict[str, list[Log]]:
-    """Run every arm, given by its flags, with every seed. Returns each arm's logs."""
+def run_all(name: str, arms: dict, args) -> dict[str, list[Log]]:
+    """Run every arm, given by its flags or a function of the seed that gives them, with every
+    seed. Returns each arm's logs."""
     seeds = range(args.seeds)
     with ThreadPoolExecutor(args.jobs) as pool:
         futures = {}
@@ -72,7 +75,8 @@ def run_all(name: str, arms: dict[str, list[str]], args) -> dict[str, list[Log]]
             futures[arm] = []
             for seed in seeds:
                 folder = run_folder(name, arm, seed, args)
-                run = pool.submit(finish, folder, [*flags, "--seed", str(seed)])
+                of_seed = flags(seed) if callable(flags) else flags
+                run = pool.submit(finish, folder, [*of_seed, "--seed", str(seed)])
                 futures[arm].append(run)
         try:
             runs = {arm: [run.result() for run in of_seeds]
@@ -354,27 +358,38 @@ def regime_files(folder: str) -> str:
     if os.path.isdir(os.path.join(folder, "base")):
         return folder
     shutil.rmtree(folder, ignore_errors=True)
-    start = build_toy(os.path.join(folder, "toy"), 0)
-    rng = random.Random(1)
-    problems = {}
-    for kind, count in HELD_OUT.items():
-        found = locks(rng, has_carry=kind == "hard")
-        names = TOY_NAMES if kind == "easy" else TOY_NAMES[:1]
-        held_out = [toy_problem(name, lock) for lock in found[:count] for name in names]
-        write(os.path.join(folder, f"{kind}.jsonl"), held_out)
-        problems[kind] = [toy_problem(name, lock) for lock in found[count:] for name in TOY_NAMES]
-        rng.shuffle(problems[kind])
+    build_toy(os.path.join(folder, "toy"), 0)
+    problems = split_locks(folder, random.Random(1), HELD_OUT, TOY_NAMES)
     alternating = [r for pair in zip(problems["easy"], problems["hard"]) for r in pair]
     for n in (100, 300, 900):
         write(os.path.join(folder, f"near-{n}.jsonl"), alternating[:n])
         write(os.path.join(folder, f"far-{n}.jsonl"), map(wordy, alternating[:n]))
-
-    easy = write(os.path.join(folder, "warm.jsonl"), problems["easy"])
-    warm = os.path.join(folder, "warm")
-    finish(warm, ["--algo", "sft", "--model", start["model"], "--data", easy, *shlex.split(REGIME),
-                  "--steps", "60", "--prompts", "32", "--lr", "2.5e-3"])
-    os.rename(os.path.join(warm, "model"), os.path.join(folder, "base"))
+    warm_up(folder, problems["easy"], seed=0)
     return folder
+
+
+def split_locks(folder: str, rng: random.Random, held_out: dict[str, int], names) -> dict:
+    """Write easy.jsonl (its locks under each of `names`) and hard.jsonl, of so many locks each.
+    Returns the problems of the other locks, shuffled: {"easy": …, "hard": …}."""
+    problems = {}
+    for kind, count in held_out.items():
+        found = locks(rng, has_carry=kind == "hard")
+        of_kind = names if kind == "easy" else TOY_NAMES[:1]
+        records = [toy_problem(name, lock) for lock in found[:count] for name in of_kind]
+        write(os.path.join(folder, f"{kind}.jsonl"), records)
+        problems[kind] = [toy_problem(name, lock) for lock in found[count:] for name in TOY_NAMES]
+        rng.shuffle(problems[kind])
+    return problems
+
+
+def warm_up(folder: str, easy: list[dict], seed: int) -> None:
+    """FOLDER/base: the toy there, after a little SFT on easy problems. The last to be written."""
+    data = write(os.path.join(folder, "warm.jsonl"), easy)
+    warm = os.path.join(folder, "warm")
+    toy_model = os.path.join(folder, "toy", "model")
+    finish(warm, ["--algo", "sft", "--model", toy_model, "--data", data, *shlex.split(REGIME),
+                  "--steps", "60", "--prompts", "32", "--lr", "2.5e-3", "--seed", str(seed)])
+    os.rename(os.path.join(warm, "model"), os.path.join(folder, "base"))
 
 
 def locks(rng: random.Random, has_carry: bool) -> list[tuple[int, int, int]]:
@@ -414,6 +429,179 @@ def measured_once(run: str, files: dict[str, str]) -> dict[str, float]:
             json.dump(found, f)
     with open(kept) as f:
         return json.load(f)
+
+
+# ---- square and scarce (docs/plan.md says what is compared, and was written before the runs) -----
+
+EACH_SEED = {"easy": 40, "hard": 200}    # held-out locks; each seed has its own split and model
+HALF = 350                               # easy problems, and hard ones, of `scarce`
+GOLDS = 75                               # of its hard problems, so many have gold
+WITH_GOLD = {
+    "GCPO": "--algo gcpo",
+    "gold, no negatives": "--algo gcpo --gold-rivals zero",
+    "GCPO, gold x 3": "--algo gcpo --gold-weight 3",
+    "gold x 3, no negatives": "--algo gcpo --gold-rivals zero --gold-weight 3",
+    "gold at 1, no negatives": "--algo gcpo --gold-rivals zero --gold-advantage one",
+    "RFT": "--algo rft",
+    "SFT": "--algo sft"}
+WITHOUT_GOLD = {
+    "negatives, no gold": "--algo gspo --virtual-right all_wrong",
+    "NGRPO": "--algo ngrpo",
+    "GSPO": "--algo gspo"}
+PRIMARY = {    # each on hard locks, paired by seed, at each learning rate that both arms have
+    "square": (("GCPO", "gold, no negatives"), ("GCPO", "negatives, no gold")),
+    "scarce": (("GCPO", "gold, no negatives"), ("GCPO", "GSPO"), ("GCPO", "RFT, one round"))}
+T_975 = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)    # 1 … 9 degrees
+
+
+def square(args):
+    """Gold and negatives, each with and without the other, from a model that solves easy problems
+    often and hard ones never."""
+    starts = [seed_files(os.path.join(args.work, "seeds"), seed) for seed in range(args.seeds)]
+
+    def flags_of(seed):
+        return ["--model", os.path.join(starts[seed], "base"),
+                "--data", os.path.join(starts[seed], "near-300.jsonl")]
+
+    arms = arms_at_rates(WITH_GOLD, ("1e-3", "2e-3"), flags_of)
+    arms |= arms_at_rates(WITHOUT_GOLD, ("3e-4", "1e-3"), flags_of)
+    compare("square", arms, starts, args)
+
+
+def scarce(args):
+    """A model after SFT on few golds and its own right answers, then all problems, most of them
+    with an answer alone."""
+    folder = os.path.join(args.work, "seeds")
+    starts = [scarce_files(folder, seed) for seed in range(args.seeds)]
+
+    def flags_of(seed, data="scarce.jsonl"):
+        return ["--model", os.path.join(starts[seed], "start", "model"),
+                "--data", os.path.join(starts[seed], data)]
+
+    rates = ("3e-4", "6e-4")
+    both = {name: flags for name, flags in WITH_GOLD.items() if "x 3" not in name}
+    del both["SFT"]
+    arms = arms_at_rates({**both, **WITHOUT_GOLD}, rates, flags_of)
+    arms |= arms_at_rates({"SFT": "--algo sft"}, rates, lambda s: flags_of(s, "first.jsonl"))
+    arms |= arms_at_rates(
+        {"RFT, one round": "--algo sft"}, rates, lambda s: flags_of(s, "second.jsonl"))
+    compare("scarce", arms, starts, args)
+
+
+def arms_at_rates(flags: dict[str, str], rates: tuple[str, ...], flags_of) -> dict:
+    """{(arm, learning rate): its flags as a function of the seed}."""
+    def of_seed(text, lr):
+        return lambda seed: [*text.split(), *shlex.split(REGIME), *flags_of(seed), "--lr", lr]
+
+    return {(arm, lr): of_seed(text, lr) for arm, text in flags.items() for lr in rates}
+
+
+def compare(name: str, arms: dict, starts: list[str], args) -> None:
+    """Run the arms, then SFT again for as many seconds as GCPO took, and print two tables: all
+    arms, and the primary comparisons."""
+    named = lambda arms: {file_name(f"{arm}-{lr}"): flags for (arm, lr), flags in arms.items()}
+    runs = run_all(name, named(arms), args)
+
+    def longer(lr, flags):
+        """SFT's flags, with steps for GCPO's seconds at the same rate and seed."""
+        def of_seed(seed):
+            gcpo, sft = (seconds(runs[file_name(f"{arm}-{lr}")][seed]) for arm in ("GCPO", "SFT"))
+            return [*flags(seed), "--steps", str(10 * round(15 * gcpo / sft))]    # of 150
+        return of_seed
+
+    more = {("SFT, GCPO's seconds", lr): longer(lr, flags)
+            for (arm, lr), flags in arms.items() if arm == "SFT"}
+    runs |= run_all(name, named(more), args)
+    arms = {**arms, **more}
+    found = {}
+    for (arm, lr), run in zip(arms, runs):
+        found[arm, lr] = []
+        for seed, start in enumerate(starts):
+            files = {kind: os.path.join(start, f"{kind}.jsonl") for kind in EACH_SEED}
+            found[arm, lr].append(measured_once(run_folder(name, run, seed, args), files))
+    names, rates = zip(*found)
+    table({
+        "arm": names, "learning rate": rates,
+        "easy": column(found, itemgetter("easy")),
+        "hard": column(found, itemgetter("hard")),
+        "tokens (hard)": column(found, itemgetter("hard tokens"), "{:.0f}"),
+        "seconds": column(runs, seconds, "{:.0f}")})
+    print()
+    table_of_differences(found, PRIMARY[name], dict.fromkeys(rates))
+
+
+def table_of_differences(found: dict, pairs, rates) -> None:
+    """Of each pair of arms at each rate that both have: the difference on hard locks, in points,
+    with its 95 % interval (Student's t) and each seed's."""
+    rows = []
+    for (a, b), lr in itertools.product(pairs, rates):
+        if (a, lr) in found and (b, lr) in found:
+            each = [100 * (x["hard"] - y["hard"])
+                    for x, y in zip(found[a, lr], found[b, lr])]
+            n = len(each)
+            half = math.nan
+            if n > 1:
+                half = T_975[n - 2] * statistics.stdev(each) / math.sqrt(n)
+            rows.append((f"{a} − {b}", lr, f"{statistics.mean(each):+.1f} ± {half:.1f}",
+                         ", ".join(f"{d:+.1f}" for d in each)))
+    headings = ("hard, points", "learning rate", "difference ± 95 %", "each seed")
+    table(dict(zip(headings, zip(*rows))))
+
+
+def seed_files(folder: str, seed: int) -> str:
+    """A seed's own split, start model and problems. Written once."""
+    folder = os.path.join(folder, str(seed))
+    if os.path.isdir(os.path.join(folder, "base")):
+        return folder
+    shutil.rmtree(folder, ignore_errors=True)
+    build_toy(os.path.join(folder, "toy"), seed)
+    problems = split_locks(folder, random.Random(f"square {seed}"), EACH_SEED, TOY_NAMES[:2])
+    alternating = [r for pair in zip(problems["easy"], problems["hard"]) for r in pair]
+    write(os.path.join(folder, "near-300.jsonl"), alternating[:300])
+    golds = problems["hard"][:GOLDS]
+    write(os.path.join(folder, "golds.jsonl"), golds)
+    rest = problems["easy"][:HALF] + problems["hard"][GOLDS:HALF]
+    write(os.path.join(folder, "scarce.jsonl"), golds + list(map(answer_alone, rest)))
+    warm_up(folder, problems["easy"], seed)
+    return folder
+
+
+def answer_alone(record: dict) -> dict:
+    """The same problem without its gold."""
+    return {"question": record["question"], "answer": record["answer"].split("#### ")[1]}
+
+
+def scarce_files(folder: str, seed: int) -> str:
+    """seed_files, and `scarce`'s start model: after SFT on first.jsonl, the golds and twice as many
+    of the base's own right answers. second.jsonl has the start model's in their place."""
+    folder = seed_files(folder, seed)
+    golds = read(os.path.join(folder, "golds.jsonl"))
+    first, second = (os.path.join(folder, f"{name}.jsonl") for name in ("first", "second"))
+    if not os.path.exists(first):
+        own = own_answers(folder, "base")
+        write(first, golds + random.Random(seed).sample(own, min(2 * GOLDS, len(own))))
+    finish(os.path.join(folder, "start"), [
+        "--algo", "sft", "--model", os.path.join(folder, "base"), "--data", first,
+        *shlex.split(REGIME), "--steps", "600", "--lr", "1e-3", "--seed", str(seed)])
+    if not os.path.exists(second):
+        known = {r["question"] for r in golds}
+        own = own_answers(folder, os.path.join("start", "model"))
+        write(second, golds + [r for r in own if r["question"] not in known])
+    return folder
+
+
+def own_answers(folder: str, model: str) -> list[dict]:
+    """The problems of scarce.jsonl that a model solves in 8 tries, with a right answer as gold."""
+    written = os.path.join(folder, "own.jsonl")
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(written)
+    command = [sys.executable, os.path.join(ROOT, "evaluate.py"),
+               "--model", os.path.join(folder, model),
+               "--data", os.path.join(folder, "scarce.jsonl"), "--samples", "8",
+               "--max-new-tokens", "48", "--instruction", "", "--dtype", "float32",
+               "--keep-correct", written]
+    subprocess.run(command, check=True, capture_output=True)
+    return read(written)
 
 
 # ---- golds ---------------------------------------------------------------------------------------
@@ -592,6 +780,8 @@ EXPERIMENTS = {
     "toy": toy,
     "ablations": ablations,
     "regimes": regimes,
+    "square": square,
+    "scarce": scarce,
     "golds": golds,
     "real": real,
 }

@@ -137,7 +137,7 @@ def parse_flags(argv: list[str] | None = None) -> tuple[Config, Algorithm, dict]
             algorithm = only_gold(algorithm, algorithm.aggregation)
     except ValueError as e:
         name, _, rest = str(e).partition("=")
-        rest = rest.replace("gold_old=one", "--gold-old one")
+        rest = re.sub(r"\b(\w+)=(\w+)", lambda m: f"{flag(m[1])} {m[2]}", rest)
         raise InputError(f"{flag(name)} {rest}") from None
     if config.group_size == 1 and algorithm.train_on == "rollouts":
         raise InputError("--group-size 1: a group of one has no contrast; use 2 or more")
@@ -273,13 +273,17 @@ def idle_switches(algorithm: Algorithm) -> set[str]:
     if algorithm.train_on == "gold":
         return SWITCHES - {"train_on", "aggregation"}
     idle = set()
+    if algorithm.train_on == "right":    # ratio 1 and advantage 1
+        idle |= {"clip_low", "clip_high", "scale", "virtual_right", "overlong", "objective"}
+        idle |= {"gold_clip", "gold_rivals", "gold_advantage", "gold_weight"}
+        idle |= {"level"} if algorithm.gold_old == "policy" else set()
     if algorithm.objective == "pairs":
         idle |= {"level", "clip_low", "clip_high", "aggregation", "scale"}
-        idle |= {"gold_old", "gold_shape", "gold_clip"}
+        idle |= {"gold_old", "gold_shape", "gold_clip", "gold_advantage"}
     if algorithm.gold_shape == "ratio":
         idle |= {"gold_clip"}
     if algorithm.gold_when == "never":
-        idle |= {"gold_slot", "gold_old", "gold_shape", "gold_clip"}
+        idle |= {name for name in SWITCHES if name.startswith("gold_")} - {"gold_when"}
     return idle
 
 

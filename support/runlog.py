@@ -318,9 +318,11 @@ def mean(values) -> float:
 
 
 def rollout_numbers(rollouts: list[Group], items: list) -> dict[str, list[float]]:
-    """A number per group: of the rollouts as sampled, before any gold, and whether gold came."""
+    """A number per group: of the rollouts as sampled, before any gold; of the groups trained on,
+    whether gold came, and whether they have contrast."""
     return {
         "gold": [float(i.group.is_gold.any()) for i in items],
+        "contrast": [float(i.has_contrast) for i in items],
         "reward": [float(g.rewards.mean()) for g in rollouts],
         "right": [float(g.correct.float().mean()) for g in rollouts],
         "length": [float(g.lengths.float().mean()) for g in rollouts],
@@ -339,6 +341,7 @@ def rollout_metrics(numbers: dict[str, list[float]]) -> dict:
             "groups/all_wrong": mean(r == 0 for r in right),
             "groups/mixed": mean(0 < r < 1 for r in right),
             "groups/all_right": mean(r == 1 for r in right),
+            "groups/contrast": mean(numbers["contrast"]),
             "groups/cut_off": mean(r == 0 and c == 1 for r, c in zip(right, numbers["cut"])),
             "length/mean": mean(numbers["length"]),
             "length/truncated": mean(numbers["cut"]),

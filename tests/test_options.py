@@ -78,7 +78,12 @@ def test_sft_looks_at_aggregation_alone():
     (["--algo", "dpo", "--level", "sequence", "--beta", "0.2"], ["--level"]),
     (["--algo", "luffy", "--gold-clip", "0.2", "--scale", "std"], ["--gold-clip"]),
     (["--algo", "grpo", "--gold-slot", "first", "--clip-low", "0.1"], ["--gold-slot"]),
-    (["--algo", "gcpo", "--gold-slot", "first"], [])])
+    (["--algo", "gcpo", "--gold-slot", "first", "--gold-rivals", "zero"], []),
+    (["--algo", "gspo", "--gold-weight", "3", "--gold-rivals", "zero", "--scale", "mean"],
+     ["--gold-weight", "--gold-rivals"]),
+    (["--algo", "rft", "--clip-high", "0.1", "--virtual-right", "always", "--kl-coef", "0.1"],
+     ["--clip-high", "--virtual-right"]),
+    (["--algo", "ngrpo", "--virtual-right", "all_wrong"], [])])
 def test_switches_without_effect_are_named(capsys, flags, idle):
     """A switch given by hand that changes nothing is named in a note, and no other is. (Bug: an
     ablation of a switch that cannot act.)"""

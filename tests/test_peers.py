@@ -8,12 +8,13 @@ hands it our logprobs. The golden numbers of test_gcpo.py come out of it in the 
 """
 import importlib.metadata
 import importlib.util
+from dataclasses import replace
 from unittest.mock import MagicMock
 
 import pytest
 import torch
 
-from gcpo import Algorithm, policy_loss
+from gcpo import ALGORITHMS, Algorithm, policy_loss
 
 
 def trl_is_there():
@@ -32,13 +33,16 @@ LOSS_TYPES = {"row_mean": "grpo", "token_mean": "dapo", "fixed_length": "dr_grpo
 
 def trl_loss(algorithm, new, old, ref, advantages, mask, max_new_tokens):
     """What TRL makes of our logprobs, (N, T) each."""
+    loss_type, epsilon_high = LOSS_TYPES[algorithm.aggregation], algorithm.clip_high
+    if algorithm.objective == "cispo":    # there epsilon_high is the bound, not the way above 1
+        loss_type, epsilon_high = "cispo", 1 + algorithm.clip_high
     trainer = MagicMock()
     settings = dict(
         importance_sampling_level=algorithm.level,
         epsilon_low=algorithm.clip_low,
-        epsilon_high=algorithm.clip_high,
+        epsilon_high=epsilon_high,
         beta=algorithm.kl_coef,
-        loss_type=LOSS_TYPES[algorithm.aggregation],
+        loss_type=loss_type,
         max_completion_length=max_new_tokens,
         current_gradient_accumulation_steps=1,
         # What we do not have is switched off.
@@ -83,8 +87,22 @@ def trl_loss(algorithm, new, old, ref, advantages, mask, max_new_tokens):
 def test_loss_and_gradient_equal_trls(aggregation, level, low, high, kl_coef):
     """Loss and gradient are TRL's, for every ratio, clip range and denominator, with and without
     KL. (Bug: any other loss.)"""
-    algorithm = Algorithm(
-        "test", level=level, clip_low=low, clip_high=high, aggregation=aggregation, kl_coef=kl_coef)
+    assert_equal_to_trls(Algorithm(
+        "test", level=level, clip_low=low, clip_high=high, aggregation=aggregation,
+        kl_coef=kl_coef))
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("high", [0.0, 0.2, 4.0])
+@pytest.mark.parametrize("kl_coef", [0.0, 0.04])
+def test_cispo_equals_trls(level, high, kl_coef):
+    """CISPO's loss and gradient are TRL's, whatever the bound, with and without KL."""
+    assert_equal_to_trls(replace(
+        ALGORITHMS["cispo"], level=level, clip_high=high, kl_coef=kl_coef))
+
+
+def assert_equal_to_trls(algorithm):
+    """On 20 batches of 8 random rows, in fp64."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape):

@@ -26,7 +26,7 @@ from support.options import Config
 from support.policy import make_policy, refresh_policy
 from support.runlog import rollout_metrics, rollout_numbers, update_metrics
 from support.toy import build_toy
-from train import Item, Run, collect, learn, next_problems, score, update
+from train import Item, Run, collect, learn, next_problems, only_right, score, update
 
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -418,10 +418,10 @@ def rigged(monkeypatch, toy):
                 is_gold=no))
         return groups
 
-    def make(right_of, algo, prompts=4, problems=12, **switches):
+    def make(right_of, algo, prompts=4, reward=torch.Tensor.float, **switches):
         def made_up_grades(group, problem, *_):
             correct = torch.arange(len(group.lengths)) < right_of(int(problem.prompt))
-            return replace(group, correct=correct, rewards=correct.float())
+            return replace(group, correct=correct, rewards=reward(correct))
 
         monkeypatch.setattr(train, "sample", made_up_rollouts)
         monkeypatch.setattr(train, "grade_group", made_up_grades)
@@ -434,7 +434,7 @@ def rigged(monkeypatch, toy):
             tokenizer=load_tokenizer(toy["model"]),
             problems=[
                 Problem("Q?", "1", prompt=torch.tensor([i]), gold_ids=torch.tensor([7, 0]))
-                for i in range(problems)])
+                for i in range(12)])
         state = State()
         return lambda step=0: collect(run, step, state), state
 
@@ -475,6 +475,49 @@ def test_dynamic_sampling_counts_gold_as_contrast(rigged):
     assert len(items) == 4
     assert all(i.group.is_gold.any() and i.has_contrast for i in items)
     assert not any(g.is_gold.any() or g.correct.any() for g in rollouts)
+
+
+def test_dynamic_sampling_keeps_all_wrong_groups_with_a_virtual_reward(rigged):
+    """NGRPO samples on for groups that are all right alone: all wrong ones have a gradient there.
+    (Bugs: the groups that NGRPO is for, dropped; all right ones that stay.)"""
+    collect_step, _ = rigged(lambda number: (0, 4)[number % 2], "ngrpo")
+    rollouts, items = collect_step()
+    order = next_problems(12, 12, State(), 0)[:len(rollouts)]    # what it went through
+    wrong = sum(number % 2 == 0 for number in order)
+    assert 4 < len(rollouts) and wrong >= 4
+    for item in items:
+        assert not item.group.correct.any()
+        assert item.advantages.tolist() == pytest.approx([-0.447] * 4, abs=1e-3)
+
+
+def test_rft_trains_on_what_is_right(rigged):
+    """RFT keeps right rollouts and gold, each with advantage 1, in the place of their problem, and
+    leaves out a problem without any. (Bugs: a wrong row that counts in a denominator; places that
+    move to another update; a group of no rows.)"""
+    collect_step, _ = rigged(lambda number: number % 3, "rft")
+    rollouts, items = collect_step()
+    assert len(rollouts) == len(items) == 4
+    for item in items:
+        right = int(item.problem.prompt) % 3
+        assert int(item.group.is_gold.sum()) == 1 and item.group.correct.all()
+        assert item.advantages.tolist() == [1.0] * (right + 1)
+        assert item.group.lengths.tolist() == item.group.mask.sum(1).tolist()
+
+    collect_step, _ = rigged(lambda number: number % 3, "rft", gold_when="never")
+    rollouts, items = collect_step()
+    order = next_problems(4, 12, State(), 0)
+    kept = [position for position, number in enumerate(order) if number % 3]
+    assert 0 < len(kept) < 4
+    assert [i.position for i in items] == kept
+    assert [len(i.advantages) for i in items] == [order[position] % 3 for position in kept]
+
+
+def test_negative_rewards_and_their_mean(rigged):
+    """--scale mean refuses a negative reward at once, in one line, even where all are equal. (Bug:
+    a run that learns the wrong way round, or breaks off at the first mixed group.)"""
+    collect_step, _ = rigged(lambda number: 0, "maxrl", reward=lambda correct: 2.0 * correct - 1)
+    with pytest.raises(InputError, match="--scale mean: the reward gave -1"):
+        collect_step()
 
 
 def test_history_is_kept_while_sampling(rigged):
@@ -591,6 +634,30 @@ def test_pi_old_is_taken_before_the_first_update(tiny, algo):
     assert learned.norms == pytest.approx(norms, rel=1e-4)
     moved = (weights_of(by_hand.master) - weights_of(tiny())).norm()
     assert (weights_of(run.master) - weights_of(by_hand.master)).norm() < 1e-5 * moved
+
+
+def test_rft_is_sft_on_the_rows_it_keeps(tiny):
+    """RFT's updates are SFT's on the same rows, each as a group of its own, also after an update
+    has moved the weights. (Bugs: a ratio that leaves 1; a mean over rows that are gone.)"""
+    settings = dict(prompts=4, updates=2, rows_per_pass=3)
+    kept = []
+    for item, right in zip(ragged_items(4), (1, 4, 2, 3)):
+        group = replace(item.group, correct=torch.arange(4) < right)
+        kept.append(replace(item, group=only_right(group), advantages=torch.ones(right)))
+    rft = run_of(tiny(), "rft", **settings)
+    learn(rft, kept)
+    assert all(item.old_logprobs is None for item in kept)
+
+    rows = []
+    for item in kept:
+        group = item.group
+        for ids, length in zip(group.responses, group.lengths):
+            row = gold_group(group.prompt, ids[:length])
+            rows.append(Item(item.position, None, row, torch.ones(1)))
+    sft = run_of(tiny(), "sft", **settings)
+    learn(sft, rows)
+    moved = (weights_of(sft.master) - weights_of(tiny())).norm()
+    assert (weights_of(rft.master) - weights_of(sft.master)).norm() < 1e-5 * moved
 
 
 @pytest.mark.parametrize("prompts, updates", [(8, 4), (8, 1), (5, 5), (10, 4), (7, 3)])
@@ -724,7 +791,7 @@ def test_rollout_metrics_of_hand_made_groups():
         group([True, True]),
         group([False, False], finished=False)]
     with_gold = [group([True, False], gold=True), *rollouts[1:]]
-    items = [Item(0, None, g, torch.zeros(2)) for g in with_gold]
+    items = [Item(0, None, g, torch.tensor([a, 0])) for g, a in zip(with_gold, (1.0, 2, 0, -1))]
     assert rollout_metrics(rollout_numbers(rollouts, items)) == {
         "gold/share": 0.25,
         "groups/sampled": 4,
@@ -733,6 +800,7 @@ def test_rollout_metrics_of_hand_made_groups():
         "groups/all_wrong": 0.5,
         "groups/mixed": 0.25,
         "groups/all_right": 0.25,
+        "groups/contrast": 0.75,
         "groups/cut_off": 0.25,
         "length/mean": 3.0,
         "length/truncated": 0.625}
