@@ -1,7 +1,7 @@
 """The experiments of docs/results.md, on the toy.
 
     python docs/experiments.py toy|ablations|regimes|golds [--jobs 2] [--seeds 3]
-    python docs/experiments.py square [--seeds 5] | scarce [--seeds 8]    as docs/plan.md says
+    python docs/experiments.py square [--seeds 8] | scarce [--seeds 8]    as docs/plan.md says
     python docs/experiments.py real --work DIR     only the tables of what docs/run_real.sh has run
 
 Each arm is one train.py command, in a process of its own with one thread, `--jobs` of them at a
@@ -436,6 +436,7 @@ def measured_once(run: str, files: dict[str, str]) -> dict[str, float]:
 EACH_SEED = {"easy": 40, "hard": 200}    # held-out locks; each seed has its own split and model
 HALF = 350                               # easy problems, and hard ones, of `scarce`
 GOLDS = 75                               # of its hard problems, so many have gold
+EQUAL_TIME = "SFT, GCPO's seconds"
 WITH_GOLD = {
     "GCPO": "--algo gcpo",
     "gold, no negatives": "--algo gcpo --gold-rivals zero",
@@ -447,7 +448,8 @@ WITH_GOLD = {
 WITHOUT_GOLD = {
     "negatives, no gold": "--algo gspo --virtual-right all_wrong",
     "NGRPO": "--algo ngrpo",
-    "GSPO": "--algo gspo"}
+    "GSPO": "--algo gspo",
+    "SFT, then GSPO": "--algo gspo --sft-share 0.5"}
 PRIMARY = {    # each on hard locks, paired by seed, at each learning rate that both arms have
     "square": (("GCPO", "gold, no negatives"), ("GCPO", "negatives, no gold")),
     "scarce": (("GCPO", "gold, no negatives"), ("GCPO", "GSPO"), ("GCPO", "RFT, one round"))}
@@ -457,26 +459,25 @@ T_975 = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)    # 1 â
 def square(args):
     """Gold and negatives, each with and without the other, from a model that solves easy problems
     often and hard ones never."""
-    starts = [seed_files(os.path.join(args.work, "seeds"), seed) for seed in range(args.seeds)]
+    folder = os.path.join(args.work, "seeds")
 
     def flags_of(seed):
-        return ["--model", os.path.join(starts[seed], "base"),
-                "--data", os.path.join(starts[seed], "near-300.jsonl")]
+        at = os.path.join(folder, str(seed))
+        return ["--model", os.path.join(at, "base"), "--data", os.path.join(at, "near-300.jsonl")]
 
     arms = arms_at_rates(WITH_GOLD, ("1e-3", "2e-3"), flags_of)
     arms |= arms_at_rates(WITHOUT_GOLD, ("3e-4", "1e-3"), flags_of)
-    compare("square", arms, starts, args)
+    compare("square", arms, lambda seed: seed_files(folder, seed), args)
 
 
 def scarce(args):
     """A model after SFT on few golds and its own right answers, then all problems, most of them
     with an answer alone."""
     folder = os.path.join(args.work, "seeds")
-    starts = [scarce_files(folder, seed) for seed in range(args.seeds)]
 
     def flags_of(seed, data="scarce.jsonl"):
-        return ["--model", os.path.join(starts[seed], "start", "model"),
-                "--data", os.path.join(starts[seed], data)]
+        at = os.path.join(folder, str(seed))
+        return ["--model", os.path.join(at, "start", "model"), "--data", os.path.join(at, data)]
 
     rates = ("3e-4", "6e-4")
     both = {name: flags for name, flags in WITH_GOLD.items() if "x 3" not in name}
@@ -485,7 +486,7 @@ def scarce(args):
     arms |= arms_at_rates({"SFT": "--algo sft"}, rates, lambda s: flags_of(s, "first.jsonl"))
     arms |= arms_at_rates(
         {"RFT, one round": "--algo sft"}, rates, lambda s: flags_of(s, "second.jsonl"))
-    compare("scarce", arms, starts, args)
+    compare("scarce", arms, lambda seed: scarce_files(folder, seed), args)
 
 
 def arms_at_rates(flags: dict[str, str], rates: tuple[str, ...], flags_of) -> dict:
@@ -496,38 +497,65 @@ def arms_at_rates(flags: dict[str, str], rates: tuple[str, ...], flags_of) -> di
     return {(arm, lr): of_seed(text, lr) for arm, text in flags.items() for lr in rates}
 
 
-def compare(name: str, arms: dict, starts: list[str], args) -> None:
-    """Run the arms, then SFT again for as many seconds as GCPO took, and print two tables: all
-    arms, and the primary comparisons."""
-    named = lambda arms: {file_name(f"{arm}-{lr}"): flags for (arm, lr), flags in arms.items()}
-    runs = run_all(name, named(arms), args)
+def compare(name: str, arms: dict, files_of, args) -> None:
+    """Run the arms, a seed at a time, and SFT again for as many seconds as GCPO took; then print
+    two tables, all arms and the primary comparisons.
 
-    def longer(lr, flags):
-        """SFT's flags, with steps for GCPO's seconds at the same rate and seed."""
-        def of_seed(seed):
-            gcpo, sft = (seconds(runs[file_name(f"{arm}-{lr}")][seed]) for arm in ("GCPO", "SFT"))
-            return [*flags(seed), "--steps", str(10 * round(15 * gcpo / sft))]    # of 150
-        return of_seed
-
-    more = {("SFT, GCPO's seconds", lr): longer(lr, flags)
-            for (arm, lr), flags in arms.items() if arm == "SFT"}
-    runs |= run_all(name, named(more), args)
-    arms = {**arms, **more}
+    Each run leaves a line in docs/runs/NAME.jsonl, and is not run again."""
+    kept = os.path.join(ROOT, "docs", "runs", f"{name}.jsonl")
     found = {}
-    for (arm, lr), run in zip(arms, runs):
-        found[arm, lr] = []
-        for seed, start in enumerate(starts):
-            files = {kind: os.path.join(start, f"{kind}.jsonl") for kind in EACH_SEED}
-            found[arm, lr].append(measured_once(run_folder(name, run, seed, args), files))
-    names, rates = zip(*found)
+    if os.path.exists(kept):
+        found = {(r["arm"], r["lr"], r["seed"]): r for r in read(kept)}
+    sft = [lr for arm, lr in arms if arm == "SFT"]
+    everything = [*arms, *((EQUAL_TIME, lr) for lr in sft)]
+
+    def run(arm, lr, seed, flags):
+        if (arm, lr, seed) in found:
+            return
+        out = run_folder(name, file_name(f"{arm}-{lr}"), seed, args)
+        log = finish(out, [*flags, "--seed", str(seed)])
+        held_out = {kind: os.path.join(args.work, "seeds", str(seed), f"{kind}.jsonl")
+                    for kind in EACH_SEED}
+        result = {"arm": arm, "lr": lr, "seed": seed, **measured_once(out, held_out),
+                  "seconds": seconds(log), "curves": curves(log)}
+        with open(kept, "a") as f:
+            f.write(json.dumps(result) + "\n")
+        found[arm, lr, seed] = result
+        shutil.rmtree(os.path.join(out, "model"))
+
+    for seed in range(args.seeds):
+        if all((*key, seed) in found for key in everything):
+            continue
+        files_of(seed)
+        with ThreadPoolExecutor(args.jobs) as pool:
+            list(pool.map(lambda key: run(*key, seed, arms[key](seed)), arms))
+        for lr in sft:
+            took = [found[arm, lr, seed]["seconds"] for arm in ("GCPO", "SFT")]
+            steps = 10 * round(15 * took[0] / took[1])    # SFT's were 150
+            run(EQUAL_TIME, lr, seed, [*arms["SFT", lr](seed), "--steps", str(steps)])
+
+    results = {key: [found[*key, seed] for seed in range(args.seeds)] for key in everything}
+    names, rates = zip(*results)
     table({
         "arm": names, "learning rate": rates,
-        "easy": column(found, itemgetter("easy")),
-        "hard": column(found, itemgetter("hard")),
-        "tokens (hard)": column(found, itemgetter("hard tokens"), "{:.0f}"),
-        "seconds": column(runs, seconds, "{:.0f}")})
+        "easy": column(results, itemgetter("easy")),
+        "hard": column(results, itemgetter("hard")),
+        "tokens (hard)": column(results, itemgetter("hard tokens"), "{:.0f}"),
+        "seconds": column(results, itemgetter("seconds"), "{:.0f}")})
     print()
-    table_of_differences(found, PRIMARY[name], dict.fromkeys(rates))
+    table_of_differences(results, PRIMARY[name], dict.fromkeys(rates))
+
+
+def curves(log: Log, steps: int = 25) -> dict[str, list[float]]:
+    """What explains a run, as means over so many steps."""
+    blocks = {}
+    for record in log[1:]:
+        for key in KEPT:
+            if record.get(key) is not None and not key.startswith("eval/"):
+                block = blocks.setdefault(key, {}).setdefault((record["step"] - 1) // steps, [])
+                block.append(record[key])
+    return {key: [float(f"{statistics.mean(values):.3g}") for values in of_key.values()]
+            for key, of_key in blocks.items()}
 
 
 def table_of_differences(found: dict, pairs, rates) -> None:
