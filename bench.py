@@ -45,7 +45,7 @@ from sampler import sample
 from support.batches import micro_batches
 from support.common import InputError, as_flags, exit_cleanly, pick_device, pick_dtype
 from support.cpu import keep_freed_memory
-from support.memory import peak_bytes
+from support.memory import estimated_bytes, peak_bytes
 from support.options import Config, rows_that_fill
 from support.policy import make_policy
 
@@ -92,7 +92,7 @@ def parse_arguments() -> argparse.Namespace:
     flag("what", choices=("sample", "update", "step", "memory", "grow"))
     flag("--model", help="Hugging Face model folder (grow: random weights without)")
     flag("--data", help="problems whose prompts are used")
-    flag("--peer", choices=tuple(PEERS), default=None,
+    flag("--peer", choices=(*PEERS, "none"), default=None,
          help="whom to compare with (default: transformers; trl for step)")
     flag("--prompts", type=int, default=8, help="the first so many problems")
     flag("--group-size", type=int, default=8, help="G, responses per prompt")
@@ -121,10 +121,10 @@ def check(args) -> None:
     if not args.rows_per_pass:
         args.rows_per_pass = max(8, rows_that_fill(args.device, args.max_new_tokens))
     peer = "trl" if args.what == "step" else "transformers"
-    if args.peer not in (None, peer):
+    if args.peer not in (None, "none", peer):
         raise InputError(f"--peer {args.peer}: TRL is the peer of `step`, transformers of the "
                          "others")
-    args.peer = peer
+    args.peer = args.peer or peer
     if args.what == "grow":
         return
     for name in ("model", "data"):
@@ -192,22 +192,24 @@ def child_failed(status: int, which: str = "") -> InputError:
 
 
 def compare(args, argv: list[str]) -> None:
-    """Both sides in turn; then the ratios, the table, and what the sides report."""
-    if importlib.util.find_spec(args.peer) is None:
-        raise InputError(f"this compares with {PEERS[args.peer]}: pip install {args.peer}")
+    """All sides in turn; then the ratios, the table, and what the sides report."""
+    names = ["ours"]
+    if args.peer != "none":
+        names.append(args.peer)
+        if importlib.util.find_spec(args.peer) is None:
+            raise InputError(f"this compares with {PEERS[args.peer]}: pip install {args.peer}, or "
+                             "--peer none")
     with tempfile.TemporaryDirectory() as folder:
-        argv = [*argv, "--shared", folder]
-        ours = Side("ours", argv)
-        peer = Side(args.peer, argv)
+        sides = [Side(name, [*argv, "--shared", folder]) for name in names]
         for _ in range(args.rounds):
-            ours.go()
-            peer.go()
-        print_comparison(args, ours, peer)
-        for side in (ours, peer):
+            for side in sides:
+                side.go()
+        print_comparison(args, sides)
+        for side in sides:
             for line in side.end():
                 print(line)
-        if args.what == "update":
-            compare_gradients(args, *(gradient_file(folder, side.who) for side in (ours, peer)))
+        if args.what == "update" and len(sides) == 2:
+            compare_gradients(args, *(gradient_file(folder, name) for name in names))
 
 
 def compare_gradients(args, ours: str, theirs: str) -> None:
@@ -221,14 +223,16 @@ def compare_gradients(args, ours: str, theirs: str) -> None:
         assert difference < 1e-4, "the gradients of an update differ by more than rounding"
 
 
-def print_comparison(args, ours: Side, peer: Side) -> None:
-    speed = ours.speed / peer.speed
-    memory = ours.peak / peer.peak
+def print_comparison(args, sides: list[Side]) -> None:
     size = f"{args.prompts} x {args.group_size} x {args.max_new_tokens}"
     what = f"{args.what} {size}, {args.device}, {args.dtype}"
-    print(f"\n{what}: {speed:.2f} x the tokens/s of {peer.who}, at {memory:.0%} of its peak memory")
+    ours, peer = sides[0], sides[-1]
+    speed = ours.speed / peer.speed
+    memory = ours.peak / peer.peak
+    beside = f"{speed:.2f} x the tokens/s of {peer.who}, at {memory:.0%} of its peak memory"
+    print(f"\n{what}: {beside if peer is not ours else 'ours alone'}")
     print_row(14, "", ["tokens/s", "lowest", "highest", "seconds", "GiB peak", "GiB idle"])
-    for side in (ours, peer):
+    for side in sides:
         print_row(14, side.who, [
             f"{side.speed:.0f}",
             f"{min(side.speeds):.0f}",
@@ -289,10 +293,10 @@ def child(args) -> None:
     turns = Turns(device)
     if args.what == "step":    # there the library has the loop, and calls us
         if args.child == "ours":
-            our_steps(args, device, turns)
+            report = our_steps(args, device, turns)
         else:
-            trl_steps(args, device, dtype, turns)
-        turns.say(report=[])
+            report = trl_steps(args, device, dtype, turns)
+        turns.say(report=report)
         return
     side = make_side(args, device, dtype)
     while turns.another():
@@ -727,9 +731,9 @@ class Enough(Exception):
     """Ends a training run from inside its log."""
 
 
-def our_steps(args, device: torch.device, turns: Turns) -> None:
+def our_steps(args, device: torch.device, turns: Turns) -> list[str]:
     """`train.train` itself. A step ends when it logs its metrics; the next one begins when the log
-    of its samples returns."""
+    of its samples returns. Returns lines for the report."""
     config = Config(
         model=args.model,
         data=args.data,
@@ -746,10 +750,12 @@ def our_steps(args, device: torch.device, turns: Turns) -> None:
     draw = random.Random(0)
     # So that each group has contrast, as the peer's have.
     run.reward = Reward(lambda response, answer: draw.random())
+    not_finite = []
 
     def log(kind, record):
         before_training = record["step"] == 0
         if kind == "metrics" and not before_training:
+            not_finite.append(record["update/not_finite"])
             seconds = record["time/sample"] + record["time/update"]
             turns.done(round(record["time/tokens_per_second"] * seconds), seconds)
         if kind == "samples" or before_training:
@@ -758,9 +764,11 @@ def our_steps(args, device: torch.device, turns: Turns) -> None:
 
     with contextlib.suppress(Enough):
         train.train(run, log)
+    return [f"our estimate of memory before the run: {estimated_bytes(run) / GIB:.2f} GiB; updates "
+            f"with a gradient that was not finite: {sum(not_finite):.0f}"]
 
 
-def trl_steps(args, device: torch.device, dtype: torch.dtype, turns: Turns) -> None:
+def trl_steps(args, device: torch.device, dtype: torch.dtype, turns: Turns) -> list[str]:
     """TRL's GRPOTrainer, with micro-batches of one group."""
     import datasets
     import transformers
@@ -796,6 +804,7 @@ def trl_steps(args, device: torch.device, dtype: torch.dtype, turns: Turns) -> N
             train_dataset=datasets.Dataset.from_list(texts),
             callbacks=[TakeTurns()])
         trainer.train()
+    return []
 
 
 def trl_settings(args, device: torch.device, dtype: torch.dtype, folder: str) -> dict:

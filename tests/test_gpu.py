@@ -195,7 +195,7 @@ def test_recorded_steps_equal_plain_ones(tmp_path, shape, monkeypatch):
     stop_ids = list(range(0, shape["vocab_size"], 150))
 
     def rows(policy):
-        groups = sample(policy, prompts, 8, 300, stop_ids=stop_ids, seed=0, max_rows=24)
+        groups = sample(policy, prompts, 8, 150, stop_ids=stop_ids, seed=0, max_rows=24)
         return [(group.responses.tolist(), group.logprobs.tolist()) for group in groups]
 
     policies = [model, make_policy(model, torch.bfloat16)]
