@@ -76,9 +76,13 @@ def for_tensors(f, tree):
 
 
 def tensors_in(tree):
-    found = []
-    for_tensors(found.append, tree)
-    return found
+    if isinstance(tree, torch.Tensor):
+        return [tree]
+    if isinstance(tree, dict):
+        tree = tree.values()
+    elif not isinstance(tree, (tuple, list)):
+        return []
+    return [tensor for x in tree for tensor in tensors_in(x)]
 
 
 def written(func, args, kwargs):
@@ -196,14 +200,16 @@ class Gpu(TorchDispatchMode):
                 out = func.decompose(*args, **kwargs)
             if out is not NotImplemented:
                 return out
-        operands = [x for x in tensors_in((args, kwargs)) if isinstance(x, GpuTensor)]
+        strangers = tensors_in(args) + tensors_in(kwargs)
+        operands = [x for x in strangers if isinstance(x, GpuTensor)]
         # C++ makes zeros for a gradient that is not there, where it believes the tensor to be.
         is_gradient = (func is aten.zeros.default and "device" in kwargs
                        and torch._C._current_graph_task_id() != -1)
         if not operands and not self.makes and not is_gradient:
             return func(*args, **kwargs)
         if operands:
-            self.refuse(func, args, kwargs)
+            strangers = [x for x in strangers if not isinstance(x, GpuTensor)]
+            self.refuse(func, args, kwargs, strangers)
         return self.run(func, args, kwargs, operands)
 
     def run(self, func, args, kwargs, operands):
@@ -238,10 +244,9 @@ class Gpu(TorchDispatchMode):
             graph.note_results(results, call, memory_of, user)
         return for_tensors(lambda x: GpuTensor(x, memory_of[storage_of(x)]), out)
 
-    def refuse(self, func, args, kwargs):
+    def refuse(self, func, args, kwargs, strangers):
         """Raises what a GPU raises; notes where the host waits."""
         packet = func.overloadpacket
-        strangers = [x for x in tensors_in((args, kwargs)) if not isinstance(x, GpuTensor)]
         if packet is aten.copy_ and strangers:
             return self.look("a copy between host and GPU")
         if packet in INDEXING:
@@ -255,7 +260,7 @@ class Gpu(TorchDispatchMode):
                 strangers = [x for x in strangers if all(x is not i for i in from_host)]
         elif LOOKS.intersection(func.tags):
             self.look(str(packet))
-        if torch.Tag.pointwise in func.tags or packet in TAKE_NUMBERS:
+        if strangers and (torch.Tag.pointwise in func.tags or packet in TAKE_NUMBERS):
             targets = tensors_in(written(func, args, kwargs))
             strangers = [x for x in strangers if x.dim() or any(x is target for target in targets)]
         if strangers:
@@ -286,6 +291,7 @@ class Devices(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         name = getattr(func, "__name__", "")
         if func is torch.Tensor.backward:
+            kwargs["grad_tensors"] = kwargs.pop("gradient", None)
             with self:    # what backward runs is code like any other: hooks, blocks run again
                 return torch.autograd.backward(*args, **kwargs)
         if name in ("cpu", "cuda"):
@@ -319,10 +325,13 @@ class Devices(TorchFunctionMode):
         return func(moved, dtype or x.dtype, copy=copy and moved is x)
 
 
-def group_by_device(lists, with_indices=False, original=torch._C._group_tensors_by_device_and_dtype):
+in_groups = torch._C._group_tensors_by_device_and_dtype
+
+
+def group_by_device(lists, with_indices=False):
     """For optimizers and clipping: tensors in groups, by the device that they say they are on."""
     found = {}
-    for (_, dtype), (columns, indices) in original(lists, with_indices).items():
+    for (_, dtype), (columns, indices) in in_groups(lists, with_indices).items():
         devices = {x.device for x in columns[0]}
         assert len(devices) == 1, "not pretended"
         found[devices.pop(), dtype] = (columns, indices)
@@ -345,9 +354,13 @@ def pretended_gpu():
         set_device=lambda device: None,
         get_device_capability=lambda device=None: (9, 0),
         get_device_name=lambda device=None: "a pretended GPU",
-        is_bf16_supported=lambda including_emulation=True: True)
+        is_bf16_supported=lambda including_emulation=True: True,
+        is_current_stream_capturing=lambda: gpu.recording is not None)
     for name in ("reserved", "allocated"):
         cuda[f"memory_{name}"] = cuda[f"max_memory_{name}"] = lambda device=None: 0
-    grouping = mock.patch.object(torch._C, "_group_tensors_by_device_and_dtype", group_by_device)
-    with mock.patch.multiple(torch.cuda, **cuda), grouping, Devices(gpu), gpu:
+    stream = mock.Mock(is_capturing=cuda["is_current_stream_capturing"])
+    with (mock.patch.multiple(torch.cuda, **cuda),
+          mock.patch.object(torch.accelerator, "current_stream", lambda device=None: stream),
+          mock.patch.object(torch._C, "_group_tensors_by_device_and_dtype", group_by_device),
+          Devices(gpu), gpu):
         yield gpu
