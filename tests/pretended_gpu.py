@@ -44,9 +44,11 @@ class GpuTensor(torch.Tensor):
     """A tensor that says it is on cuda:0."""
     @staticmethod
     def __new__(cls, numbers, memory):
-        self = torch.Tensor._make_wrapper_subclass(
-            cls, numbers.shape, strides=numbers.stride(),
-            storage_offset=numbers.storage_offset(), dtype=numbers.dtype, device="cpu")
+        # In inference mode, too, a view of a tensor from outside is none of an inference tensor.
+        with torch.inference_mode(numbers.is_inference()):
+            self = torch.Tensor._make_wrapper_subclass(
+                cls, numbers.shape, strides=numbers.stride(),
+                storage_offset=numbers.storage_offset(), dtype=numbers.dtype, device="cpu")
         self.numbers = numbers    # on the CPU
         self.memory = memory
         return self
@@ -361,6 +363,9 @@ def pretended_gpu():
     stream = mock.Mock(is_capturing=cuda["is_current_stream_capturing"])
     with (mock.patch.multiple(torch.cuda, **cuda),
           mock.patch.object(torch.accelerator, "current_stream", lambda device=None: stream),
+          # Module.to makes new parameters: it could not put these tensors into old ones.
+          mock.patch.object(
+              torch.__future__, "get_overwrite_module_params_on_conversion", lambda: True),
           mock.patch.object(torch._C, "_group_tensors_by_device_and_dtype", group_by_device),
           Devices(gpu), gpu):
         yield gpu
