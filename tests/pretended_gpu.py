@@ -30,7 +30,6 @@ CUDA = torch.device("cuda:0")
 INDEXING = (aten.index, aten.index_put, aten.index_put_)
 # These take a number that lies on the CPU, as pointwise operations do.
 TAKE_NUMBERS = (aten.fill_, aten.masked_fill, aten.masked_fill_, aten.index_put, aten.index_put_)
-LOOKS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 FLASH = {
     aten._flash_attention_forward.default: flash_by_loops.forward,
     aten._flash_attention_backward.default: flash_by_loops.backward}
@@ -44,8 +43,9 @@ class GpuTensor(torch.Tensor):
     """A tensor that says it is on cuda:0."""
     @staticmethod
     def __new__(cls, numbers, memory):
-        # In inference mode, too, a view of a tensor from outside is none of an inference tensor.
-        with torch.inference_mode(numbers.is_inference()):
+        # In inference mode, too, a view of a tensor from outside is none of inference mode.
+        from_outside = torch.is_inference_mode_enabled() and not numbers.is_inference()
+        with torch.inference_mode(False) if from_outside else contextlib.nullcontext():
             self = torch.Tensor._make_wrapper_subclass(
                 cls, numbers.shape, strides=numbers.stride(),
                 storage_offset=numbers.storage_offset(), dtype=numbers.dtype, device="cpu")
@@ -96,6 +96,13 @@ def written(func, args, kwargs):
     return found
 
 
+@functools.cache
+def is_look(func):
+    """Whether the host needs the result, or its shape."""
+    tags = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+    return not tags.isdisjoint(func.tags)
+
+
 def storage_of(numbers):
     return numbers.untyped_storage()._cdata
 
@@ -118,24 +125,22 @@ class Graph:
     def __init__(self, gpu):
         self.gpu = gpu
         self.calls = []
-        self.born = {}       # storage: its Memory (weakly), and which operation made it
-        self.outside = {}    # storage of before: its Memory (weakly), and which operation needs it
+        self.born = {}       # storage -> its Memory, weakly, and which operation made it
+        self.outside = {}    # the same for storages of before, and which operation needs them
 
-    def note_operands(self, operands, user):
-        for x in operands:
-            storage = storage_of(x.numbers)
+    def note_operands(self, memory_of, user):
+        for storage, memory in memory_of.items():
             if storage not in self.born:
-                self.outside.setdefault(storage, (weakref.ref(x.memory), user))
+                self.outside.setdefault(storage, (weakref.ref(memory), user))
 
-    def note_results(self, results, call, memory_of, user):
+    def note_results(self, results, call, memory_of, maker):
         def again():
             for old, new in zip(results, tensors_in(call()), strict=True):
                 old.copy_(new)
 
         self.calls.append(again)
         for storage, memory in memory_of.items():
-            if storage not in self.outside:
-                self.born.setdefault(storage, (weakref.ref(memory), user))
+            self.born[storage] = (weakref.ref(memory), maker)
 
     def replay(self):
         if self.gpu.recording:
@@ -216,34 +221,34 @@ class Gpu(TorchDispatchMode):
 
     def run(self, func, args, kwargs, operands):
         graph = self.recording
-        user = f"{func} at {place()}" if graph else ""
 
         def numbers(x):
             if isinstance(x, GpuTensor):
                 return x.numbers
             return x.clone() if graph else x    # a recording keeps what comes from the host
 
-        call = functools.partial(
-            FLASH.get(func, func), *for_tensors(numbers, args), **for_tensors(numbers, kwargs))
+        args_on_cpu, kwargs_on_cpu = for_tensors(numbers, args), for_tensors(numbers, kwargs)
+        call = functools.partial(FLASH.get(func, func), *args_on_cpu, **kwargs_on_cpu)
+        memory_of = {storage_of(x.numbers): x.memory for x in operands}
         if graph:
-            graph.note_operands(operands, user)
+            graph.note_operands(memory_of, f"{func} at {place()}")
         if func._schema.is_mutable:
-            targets = written(func, args, kwargs)
-            storages = [storage_of(numbers(x)) for x in tensors_in(targets)]
+            targets = tensors_in(written(func, args_on_cpu, kwargs_on_cpu))
             if graph:
                 graph.calls.append(call)
-            if not graph or all(storage in graph.born for storage in storages):
+            # What was born in this recording is nobody else's: it may have its numbers at once.
+            if not graph or all(storage_of(x) in graph.born for x in targets):
                 call()
-            return targets[0] if func._schema.returns else None
+            return written(func, args, kwargs)[0] if func._schema.returns else None
 
         out = call()
-        memory_of = {storage_of(x.numbers): x.memory for x in operands}
         results = tensors_in(out)
-        is_new = any(storage_of(x) not in memory_of for x in results)
+        born = {}
         for x in results:
-            memory_of.setdefault(storage_of(x), Memory())
-        if graph and is_new:
-            graph.note_results(results, call, memory_of, user)
+            if storage_of(x) not in memory_of:
+                memory_of[storage_of(x)] = born[storage_of(x)] = Memory()
+        if graph and born:
+            graph.note_results(results, call, born, f"{func} at {place()}")
         return for_tensors(lambda x: GpuTensor(x, memory_of[storage_of(x)]), out)
 
     def refuse(self, func, args, kwargs, strangers):
@@ -260,7 +265,7 @@ class Gpu(TorchDispatchMode):
             if from_host and isinstance(args[0], GpuTensor):
                 self.look("an index from the host")
                 strangers = [x for x in strangers if all(x is not i for i in from_host)]
-        elif LOOKS.intersection(func.tags):
+        elif is_look(func):
             self.look(str(packet))
         if strangers and (torch.Tag.pointwise in func.tags or packet in TAKE_NUMBERS):
             targets = tensors_in(written(func, args, kwargs))

@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 
+import mutations_gpu
 import pytest
 import torch
 from helpers import LLAMA, relative, tiny_model
@@ -166,7 +167,6 @@ def test_updates_in_bf16_are_as_good_as_the_cpus(tmp_path, name):
         with pretended_gpu():
             learned, move = learned_on(
                 "cuda", folder, name, torch.bfloat16, updates=1, **settings)
-        print(name, learned.norms[0]/want.norms[0], (move-want_move).norm()/want_move.norm())
         assert learned.norms == pytest.approx(want.norms, rel=0.05)
         assert (move - want_move).norm() < 0.05 * want_move.norm()
 
@@ -183,8 +183,8 @@ def test_a_run_and_its_rest_equal_the_cpus(toy, tmp_path):
             lines = f.readlines()[:40]
         files[name] = tmp_path / name
         files[name].write_text("".join(lines))
-    flags = ["--steps", "20", "--save-every", "10", "--updates", "2", "--prompts", "2",
-             "--eval-limit", "2", "--threads", "1"]
+    flags = ["--steps", "20", "--save-every", "10", "--prompts", "2", "--eval-limit", "2",
+             "--threads", "1"]
 
     def columns(out):
         rows = metrics_of(out)[1:]
@@ -210,7 +210,7 @@ def test_a_run_and_its_rest_equal_the_cpus(toy, tmp_path):
     assert torch.equal(weights_of(a), weights_of(b))
 
 
-# ---- What the pretence refuses ---------------------------------------------------------------------
+# ---- What the pretence refuses -------------------------------------------------------------------
 
 def refused(words):
     return pytest.raises(RuntimeError, match=words)
@@ -339,7 +339,7 @@ def test_autograd_and_modules_work_there(gpu):
     assert layer.to("cpu").weight.device.type == "cpu"
 
 
-# ---- Flash attention -------------------------------------------------------------------------------
+# ---- Flash attention -----------------------------------------------------------------------------
 
 FLASH_Q = [3, 1, 0, 5]
 FLASH_K = [5, 4, 2, 5]
@@ -427,3 +427,9 @@ def test_flash_attention_refuses_what_the_kernel_refuses(gpu):
         aten._flash_attention_forward(q, k, v, cum_q, cum_k, 4, 5, 0.0, True, False)
     with refused("no gradient with seqused_k"):
         flash(q.requires_grad_(), k, v, cum_q, cum_k, seqused_k=cum_k[1:])
+
+
+@pytest.mark.slow
+def test_bugs_of_a_gpu_are_caught():
+    """Each bug of tests/mutations_gpu.py, put into a copy of the repository, fails a test above."""
+    assert mutations_gpu.main() == []
