@@ -1,6 +1,7 @@
 """What a GPU runs, on a pretended one (tests/pretended_gpu.py): the CPU's numbers come out, nothing
 is done that a GPU refuses, and the pretence itself refuses what it should.
 """
+import itertools
 import math
 import os
 import shutil
@@ -130,7 +131,7 @@ def cases(tmp_path, name):
     """Folders with tied embeddings or not, and the settings of a GPU's updates: whether blocks run
     again, and how many rows go together, so that prompts run apart or not."""
     for tied, checkpointing, rows_per_pass in (
-            (True, False, 4), (False, True, 4), (True, True, 3), (False, False, 3)):
+            (True, False, 3), (False, True, 4), (True, True, 3), (False, False, 4)):
         folder = tmp_path / f"tied-{tied}"
         folder.mkdir(exist_ok=True)
         if name == "dpo":    # a pair's rows go together
@@ -162,7 +163,7 @@ def test_updates_in_bf16_are_as_good_as_the_cpus(tmp_path, name):
     """A bf16 policy moves the weights to within 5 % of where fp32 moves them. (Bug: gradients that
     are summed in bf16, or come from elsewhere. Each device rounds to 8 bits at its own places, so
     neither equals the other; 1 to 4 % are measured on both.)"""
-    for folder, settings in cases(tmp_path, name):
+    for folder, settings in itertools.islice(cases(tmp_path, name), 2):
         want, want_move = learned_on("cpu", folder, name, updates=1)
         with pretended_gpu():
             learned, move = learned_on(
