@@ -66,25 +66,26 @@ class GpuTensor(torch.Tensor):
         raise RuntimeError(f"{func} on a pretended GPU that is gone")
 
 
-def for_tensors(f, tree):
-    """The arguments or results of an operation, with f(tensor) in place of each tensor."""
-    if isinstance(tree, torch.Tensor):
-        return f(tree)
-    if isinstance(tree, (tuple, list)):
-        return type(tree)([for_tensors(f, x) for x in tree])
-    if isinstance(tree, dict):
-        return {name: for_tensors(f, x) for name, x in tree.items()}
-    return tree
+def for_tensors(f, values):
+    """Arguments or results of an operation, with f(tensor) in place of each tensor."""
+    changed = []
+    for x in values:
+        if isinstance(x, torch.Tensor):
+            x = f(x)
+        elif isinstance(x, (tuple, list)):
+            x = for_tensors(f, x)
+        changed.append(x)
+    return changed
 
 
-def tensors_in(tree):
-    if isinstance(tree, torch.Tensor):
-        return [tree]
-    if isinstance(tree, dict):
-        tree = tree.values()
-    elif not isinstance(tree, (tuple, list)):
-        return []
-    return [tensor for x in tree for tensor in tensors_in(x)]
+def tensors_in(values):
+    found = []
+    for x in values:
+        if isinstance(x, torch.Tensor):
+            found.append(x)
+        elif isinstance(x, (tuple, list)):
+            found += tensors_in(x)
+    return found
 
 
 def written(func, args, kwargs):
@@ -101,6 +102,12 @@ def is_look(func):
     """Whether the host needs the result, or its shape."""
     tags = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
     return not tags.isdisjoint(func.tags)
+
+
+@functools.cache
+def is_composite(func):
+    """Whether an operation is made of others on all devices."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
 
 
 def storage_of(numbers):
@@ -135,7 +142,7 @@ class Graph:
 
     def note_results(self, results, call, memory_of, maker):
         def again():
-            for old, new in zip(results, tensors_in(call()), strict=True):
+            for old, new in zip(results, tensors_in([call()]), strict=True):
                 old.copy_(new)
 
         self.calls.append(again)
@@ -202,12 +209,11 @@ class Gpu(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if torch.is_inference_mode_enabled():    # operations come whole: take them apart
+        # In inference mode operations come whole: take them apart.
+        if torch.is_inference_mode_enabled() and is_composite(func):
             with self:
-                out = func.decompose(*args, **kwargs)
-            if out is not NotImplemented:
-                return out
-        strangers = tensors_in(args) + tensors_in(kwargs)
+                return func.decompose(*args, **kwargs)
+        strangers = tensors_in(args) + tensors_in(kwargs.values())
         operands = [x for x in strangers if isinstance(x, GpuTensor)]
         # C++ makes zeros for a gradient that is not there, where it believes the tensor to be.
         is_gradient = (func is aten.zeros.default and "device" in kwargs
@@ -227,7 +233,8 @@ class Gpu(TorchDispatchMode):
                 return x.numbers
             return x.clone() if graph else x    # a recording keeps what comes from the host
 
-        args_on_cpu, kwargs_on_cpu = for_tensors(numbers, args), for_tensors(numbers, kwargs)
+        args_on_cpu = for_tensors(numbers, args)
+        kwargs_on_cpu = dict(zip(kwargs, for_tensors(numbers, kwargs.values())))
         call = functools.partial(FLASH.get(func, func), *args_on_cpu, **kwargs_on_cpu)
         memory_of = {storage_of(x.numbers): x.memory for x in operands}
         if graph:
@@ -242,14 +249,15 @@ class Gpu(TorchDispatchMode):
             return written(func, args, kwargs)[0] if func._schema.returns else None
 
         out = call()
-        results = tensors_in(out)
+        results = tensors_in([out])
         born = {}
         for x in results:
             if storage_of(x) not in memory_of:
                 memory_of[storage_of(x)] = born[storage_of(x)] = Memory()
         if graph and born:
             graph.note_results(results, call, born, f"{func} at {place()}")
-        return for_tensors(lambda x: GpuTensor(x, memory_of[storage_of(x)]), out)
+        [out] = for_tensors(lambda x: GpuTensor(x, memory_of[storage_of(x)]), [out])
+        return out
 
     def refuse(self, func, args, kwargs, strangers):
         """Raises what a GPU raises; notes where the host waits."""
