@@ -135,19 +135,14 @@ class Graph:
         self.born = {}       # storage -> its Memory, weakly, and which operation made it
         self.outside = {}    # the same for storages of before, and which operation needs them
 
-    def note_operands(self, memory_of, user):
-        for storage, memory in memory_of.items():
+    def add(self, call, operands, born, user):
+        """A call, and storages with their Memory: of its operands, and of what it makes."""
+        self.calls.append(call)
+        for storage, memory in operands.items():
             if storage not in self.born:
                 self.outside.setdefault(storage, (weakref.ref(memory), user))
-
-    def note_results(self, results, call, memory_of, maker):
-        def again():
-            for old, new in zip(results, tensors_in([call()]), strict=True):
-                old.copy_(new)
-
-        self.calls.append(again)
-        for storage, memory in memory_of.items():
-            self.born[storage] = (weakref.ref(memory), maker)
+        for storage, memory in born.items():
+            self.born[storage] = (weakref.ref(memory), user)
 
     def replay(self):
         if self.gpu.recording:
@@ -160,6 +155,11 @@ class Graph:
         with _disable_current_modes(), torch._C.DisableTorchFunction(), torch.inference_mode():
             for call in self.calls:
                 call()
+
+
+def call_into(results, call):
+    for old, new in zip(results, tensors_in([call()]), strict=True):
+        old.copy_(new)
 
 
 # ---- Operations ----------------------------------------------------------------------------------
@@ -236,13 +236,12 @@ class Gpu(TorchDispatchMode):
         args_on_cpu = for_tensors(numbers, args)
         kwargs_on_cpu = dict(zip(kwargs, for_tensors(numbers, kwargs.values())))
         call = functools.partial(FLASH.get(func, func), *args_on_cpu, **kwargs_on_cpu)
+        user = f"{func} at {place()}" if graph else ""
         memory_of = {storage_of(x.numbers): x.memory for x in operands}
-        if graph:
-            graph.note_operands(memory_of, f"{func} at {place()}")
         if func._schema.is_mutable:
             targets = tensors_in(written(func, args_on_cpu, kwargs_on_cpu))
             if graph:
-                graph.calls.append(call)
+                graph.add(call, memory_of, {}, user)
             # What was born in this recording is nobody else's: it may have its numbers at once.
             if not graph or all(storage_of(x) in graph.born for x in targets):
                 call()
@@ -253,9 +252,10 @@ class Gpu(TorchDispatchMode):
         born = {}
         for x in results:
             if storage_of(x) not in memory_of:
-                memory_of[storage_of(x)] = born[storage_of(x)] = Memory()
-        if graph and born:
-            graph.note_results(results, call, born, f"{func} at {place()}")
+                born[storage_of(x)] = Memory()
+        if graph and born:    # a view needs no call
+            graph.add(functools.partial(call_into, results, call), memory_of, born, user)
+        memory_of.update(born)
         [out] = for_tensors(lambda x: GpuTensor(x, memory_of[storage_of(x)]), [out])
         return out
 
