@@ -22,6 +22,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import flash_by_loops
+import sampler
+from support import memory, ragged
 
 
 aten = torch.ops.aten
@@ -138,17 +140,17 @@ class Graph:
     def add(self, call, operands, born, user):
         """A call, and storages with their Memory: of its operands, and of what it makes."""
         self.calls.append(call)
-        for storage, memory in operands.items():
+        for storage, lies_in in operands.items():
             if storage not in self.born:
-                self.outside.setdefault(storage, (weakref.ref(memory), user))
-        for storage, memory in born.items():
-            self.born[storage] = (weakref.ref(memory), user)
+                self.outside.setdefault(storage, (weakref.ref(lies_in), user))
+        for storage, lies_in in born.items():
+            self.born[storage] = (weakref.ref(lies_in), user)
 
     def replay(self):
         if self.gpu.recording:
             raise RuntimeError(f"{place()}: a replay while a graph is being recorded")
-        for memory, user in self.outside.values():
-            if memory() is None:
+        for lies_in, user in self.outside.values():
+            if lies_in() is None:
                 raise RuntimeError(f"{place()}: a replay needs memory that has moved, for {user}")
         self.gpu.replays += 1
         # Inference mode, because in it tensors may be changed that were born in it or outside.
@@ -354,9 +356,20 @@ def group_by_device(lists, with_indices=False):
 
 
 @contextlib.contextmanager
-def pretended_gpu():
-    """A GPU for as long as the block runs."""
+def flash_everywhere():
+    with contextlib.ExitStack() as stack:
+        for module in (sampler, ragged, memory):
+            stack.enter_context(mock.patch.object(
+                module, "has_flash", lambda model: model.device.type == "cuda"))
+        yield
+
+
+@contextlib.contextmanager
+def pretended_gpu(flash_in_fp32=False):
+    """A GPU for as long as the block runs. flash_in_fp32: FlashAttention takes fp32, too, and is
+    used in it, so that numbers can be compared to the last digit."""
     gpu = Gpu()
+    gpu.takes_fp32 = flash_in_fp32
     cuda = dict(
         graph=gpu.record,
         CUDAGraph=lambda: Graph(gpu),
@@ -380,5 +393,6 @@ def pretended_gpu():
           mock.patch.object(
               torch.__future__, "get_overwrite_module_params_on_conversion", lambda: True),
           mock.patch.object(torch._C, "_group_tensors_by_device_and_dtype", group_by_device),
+          flash_everywhere() if flash_in_fp32 else contextlib.nullcontext(),
           Devices(gpu), gpu):
         yield gpu
