@@ -10,6 +10,8 @@
         peak memory of one update of full-length responses
     python bench.py grow
         how cost grows with G, response length, rows, and model size
+    python bench.py cost
+        how much memory a GPU needs, by model size: estimated, nothing is run
 
 Machines are shared and noisy, so each side is a process of its own, the two take turns `--rounds`
 times, and the ratio of their medians comes first. Only useful tokens count: a row's tokens up to
@@ -40,12 +42,12 @@ import train
 from data import Limits, Tokenizer, load_tokenizer, prepare, read_problems
 from gcpo import ALGORITHMS, Group, group_advantages
 from grader import Reward
-from model import Transformer, load_model, read_config, save_model
+from model import ModelConfig, Transformer, load_model, read_config, save_model
 from sampler import sample
 from support.batches import micro_batches
 from support.common import InputError, as_flags, exit_cleanly, pick_device, pick_dtype
 from support.cpu import keep_freed_memory
-from support.memory import estimated_bytes, peak_bytes
+from support.memory import Place, estimated_bytes, needs, peak_bytes
 from support.options import Config, rows_that_fill
 from support.policy import make_policy
 
@@ -65,6 +67,14 @@ SHAPES = {  # of random weights; the names say whose shape it is
         model_type="qwen2",
         hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12,
         num_key_value_heads=2, vocab_size=151936),
+    "Qwen2.5-3B": dict(
+        model_type="qwen2",
+        hidden_size=2048, intermediate_size=11008, num_hidden_layers=36, num_attention_heads=16,
+        num_key_value_heads=2, vocab_size=151936),
+    "Qwen2.5-7B": dict(
+        model_type="qwen2",
+        hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
+        num_key_value_heads=4, vocab_size=152064, tie_word_embeddings=False),
 }
 PEERS = {"transformers": "transformers", "trl": "TRL"}    # package: what it is called
 GIB = 2**30
@@ -76,7 +86,9 @@ def main():
     args = parse_arguments()
     if args.child == "ours":
         keep_freed_memory()
-    if args.what == "grow" and args.child:
+    if args.what == "cost":
+        cost()
+    elif args.what == "grow" and args.child:
         grow_child(args)
     elif args.what == "grow":
         grow(sys.argv[1:])
@@ -89,7 +101,7 @@ def main():
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     flag = parser.add_argument
-    flag("what", choices=("sample", "update", "step", "memory", "grow"))
+    flag("what", choices=("sample", "update", "step", "memory", "grow", "cost"))
     flag("--model", help="Hugging Face model folder (grow: random weights without)")
     flag("--data", help="problems whose prompts are used")
     flag("--peer", choices=(*PEERS, "none"), default=None,
@@ -125,7 +137,7 @@ def check(args) -> None:
         raise InputError(f"--peer {args.peer}: TRL is the peer of `step`, transformers of the "
                          "others")
     args.peer = args.peer or peer
-    if args.what == "grow":
+    if args.what in ("grow", "cost"):
         return
     for name in ("model", "data"):
         if not getattr(args, name):
@@ -927,12 +939,45 @@ def load_or_make(args, device: torch.device) -> Transformer:
 
 def write_random_model(folder: str, shape: str) -> None:
     """folder/model, of this shape."""
+    model = Transformer(config_of(folder, shape)).init_weights(torch.Generator().manual_seed(0))
+    save_model(model.bfloat16(), os.path.join(folder, "model"))
+
+
+def config_of(folder: str, shape: str) -> ModelConfig:
+    """Of a shape, through a config.json in the folder."""
     config = {"model_type": "llama", "max_position_embeddings": 32768, "tie_word_embeddings": True,
               "rms_norm_eps": 1e-5, **SHAPES[shape]}
     with open(os.path.join(folder, "config.json"), "w") as f:
         json.dump(config, f)
-    model = Transformer(read_config(folder)).init_weights(torch.Generator().manual_seed(0))
-    save_model(model.bfloat16(), os.path.join(folder, "model"))
+    return read_config(folder)
+
+
+# ---- What it costs -------------------------------------------------------------------------------
+
+def cost() -> None:
+    """GiB of each GPU, for full training of a model with the defaults on a GPU."""
+    ways = {
+        "one GPU": {},
+        "--gradient-checkpointing": {"gradient_checkpointing": True},
+        "--shard, 2 GPUs": {"gradient_checkpointing": True, "shard": True, "processes": 2},
+        "--shard, 4 GPUs": {"gradient_checkpointing": True, "shard": True, "processes": 4},
+    }
+    print_row(14, "GiB", [f"  {way}" for way in ways])
+    for name in SHAPES:
+        if not name.startswith("Qwen"):
+            continue
+        with tempfile.TemporaryDirectory() as folder, torch.device("meta"):
+            shape = config_of(folder, name)
+            n = sum(p.numel() for p in Transformer(shape).parameters())
+        cells = []
+        for way, settings in ways.items():
+            settings = dict(settings)
+            place = Place(device="cuda", dtype=torch.bfloat16, prompt=200, group=8,
+                          processes=settings.pop("processes", 1), has_reference=False)
+            config = Config(max_new_tokens=512, rows_per_pass=16, **settings)
+            total = needs(shape, n, config, place).total
+            cells.append(f"{total / GIB:.0f}".rjust(len(way) + 2))
+        print_row(14, name, cells)
 
 
 if __name__ == "__main__":

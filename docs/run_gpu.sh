@@ -22,7 +22,7 @@ for shape in SmolLM2-135M Qwen2.5-1.5B; do
     cp "$model"/*token* "$out/$shape/model"
 done
 
-$python -m pytest tests/test_gpu.py ${TESTS:+-k "$TESTS"}
+$python -m pytest tests/test_gpu.py ${TESTS:+-k "$TESTS"} || echo "TESTS FAILED"
 
 echo "== twenty steps: is every gradient finite, and how good was the estimate of memory?"
 $python bench.py step --peer none --rounds 20 --model $out/SmolLM2-135M/model --data "$data" 2>/dev/null
