@@ -114,6 +114,7 @@ def parse_arguments() -> argparse.Namespace:
          help="our rows in one backward pass (default: train.py's)")
     flag("--gradient-checkpointing", action="store_true",
          help="compute our activations again in backward")
+    flag("--lora-rank", type=int, default=0, help="of our steps (step)")
     flag("--rounds", type=int, default=3, help="times each side runs")
     flag("--device", default="auto")
     flag("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
@@ -757,7 +758,8 @@ def our_steps(args, device: torch.device, turns: Turns) -> list[str]:
         dtype=args.dtype,
         rows=args.rows,
         rows_per_pass=args.rows_per_pass,
-        gradient_checkpointing=args.gradient_checkpointing)
+        gradient_checkpointing=args.gradient_checkpointing,
+        lora_rank=args.lora_rank)
     run = train.load_run(config, ALGORITHMS["gcpo"], device)
     draw = random.Random(0)
     # So that each group has contrast, as the peer's have.
@@ -959,6 +961,7 @@ def cost() -> None:
     ways = {
         "one GPU": {},
         "--gradient-checkpointing": {"gradient_checkpointing": True},
+        "and --lora-rank 16": {"gradient_checkpointing": True, "lora_rank": 16},
         "--shard, 2 GPUs": {"gradient_checkpointing": True, "shard": True, "processes": 2},
         "--shard, 4 GPUs": {"gradient_checkpointing": True, "shard": True, "processes": 4},
     }
@@ -968,12 +971,17 @@ def cost() -> None:
             continue
         with tempfile.TemporaryDirectory() as folder, torch.device("meta"):
             shape = config_of(folder, name)
-            n = sum(p.numel() for p in Transformer(shape).parameters())
+            model = Transformer(shape)
+        n = sum(p.numel() for p in model.parameters())
+        of_rank_1 = sum(sum(m.weight.shape) for m in model.layers.modules()
+                        if isinstance(m, torch.nn.Linear))
         cells = []
         for way, settings in ways.items():
             settings = dict(settings)
-            place = Place(device="cuda", dtype=torch.bfloat16, prompt=200, group=8,
-                          processes=settings.pop("processes", 1), has_reference=False)
+            place = Place(
+                device="cuda", dtype=torch.bfloat16, prompt=200, group=8,
+                processes=settings.pop("processes", 1), has_reference=False,
+                trained=settings.get("lora_rank", 0) * of_rank_1 or n)
             config = Config(max_new_tokens=512, rows_per_pass=16, **settings)
             total = needs(shape, n, config, place).total
             cells.append(f"{total / GIB:.0f}".rjust(len(way) + 2))

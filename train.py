@@ -14,7 +14,8 @@ From top to bottom, in the order in which they run:
 
 Two models appear everywhere. The *master* is the fp32 weights that AdamW steps. The *policy* is
 what samples and scores: a bf16 copy of the master where bf16 is faster, else the master itself. A
-copy hands each gradient on to the master (support/policy.py). What follows a step's updates, from
+copy hands each gradient on to the master (support/policy.py; with --lora-rank the master is of low
+rank, support/lora.py). What follows a step's updates, from
 metrics to checkpoint, is support/record.py. With torchrun, every process runs this file on its part
 of the step's problems (support/parallel.py).
 """
@@ -46,9 +47,10 @@ from support.checkpoint import State
 from support.common import InputError, exit_cleanly, pick_dtype
 from support.cpu import keep_freed_memory
 from support.dpo import pair_loss
+from support.lora import LowRankMaster
 from support.options import (
     Config, learning_rate, load_reward, parse_flags, place_run, set_up_process, sft_stage)
-from support.policy import make_policy, refresh_policy
+from support.policy import load_master_and_policy, refresh_policy
 from support.record import Record
 from support.toy import removed_on_error
 
@@ -58,7 +60,7 @@ class Run:
     """The models, data and settings of one run: what collect, learn, update and evaluation need."""
     config: Config
     algorithm: Algorithm
-    master: Transformer
+    master: Transformer | LowRankMaster
     policy: Transformer
     optimizer: torch.optim.Optimizer
     sft: Algorithm = ALGORITHMS["sft"]      # for the first steps, with --sft-share
@@ -138,9 +140,7 @@ def load_run(config: Config, algorithm: Algorithm, device: torch.device) -> Run:
                          f"can be used{first}")
 
     dtype = pick_dtype(config.dtype, device)
-    shard = (lambda model: parallel.shard(model, device, dtype)) if config.shard else None
-    master = load_model(config.model, device, shard=shard)
-    policy = make_policy(master, dtype)
+    master, policy = load_master_and_policy(config, device, dtype)
     for model in (master, policy):
         model.gradient_checkpointing = config.gradient_checkpointing
     reference = None

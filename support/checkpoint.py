@@ -1,7 +1,7 @@
 """Checkpoints: everything a run needs to go on to the bit, in safetensors and JSON.
 
     OUT/checkpoints/step-000020/model/                 a Hugging Face folder like any other
-                                optimizer.safetensors  AdamW's moments
+                                optimizer.safetensors  AdamW's moments, and low-rank weights
                                 state.json             a State, size and SHA-256 of every file, and
                                                        a SHA-256 of all that
 
@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 from model import Transformer, read_weights, save_model
 from support import parallel
 from support.common import InputError, flag, read_json, written_whole
+from support.lora import LowRankMaster, whole_model
 
 
 @dataclass
@@ -77,16 +78,18 @@ def save_checkpoint(
     for name, p in model.named_parameters():
         for key, value in optimizer.state.get(p, {}).items():
             moments[f"{name}.{key}"] = value
+    if isinstance(model, LowRankMaster):    # of these the model that is saved is only the sum
+        moments |= {f"{name}.weight": p for name, p in model.named_parameters()}
     moments = parallel.gather_to_cpu(moments, keep=first)
     if not first:
-        return save_model(model, "", write=False)
+        return save_model(whole_model(model), "", write=False)
 
     root = os.path.join(out, "checkpoints")
     path = os.path.join(root, step_name(state.step))
     beside = os.path.join(root, "next.writing")
     shutil.rmtree(beside, ignore_errors=True)
     os.makedirs(beside)
-    save_model(model, os.path.join(beside, "model"), tokenizer_from)
+    save_model(whole_model(model), os.path.join(beside, "model"), tokenizer_from)
     save_file(moments, os.path.join(beside, "optimizer.safetensors"))
     files = {}
     for name in files_in(beside):
@@ -234,12 +237,16 @@ def load_checkpoint(
     path: str, model: Transformer, optimizer: torch.optim.Optimizer,
 ) -> State:
     """Put weights and moments back in place."""
-    read_weights(os.path.join(path, "model"), model)
     by_name = dict(model.named_parameters())
+    needed = set()
+    if isinstance(model, LowRankMaster):
+        needed = {f"{name}.weight" for name in by_name}
+    else:
+        read_weights(os.path.join(path, "model"), model)
     with safe_open(os.path.join(path, "optimizer.safetensors"), framework="pt") as f:
         names = set(f.keys())
-        wanted = {f"{name}.{key}" for name in by_name for key in MOMENTS}
-        if names and names != wanted:
+        wanted = {f"{name}.{key}" for name in by_name for key in MOMENTS} | needed
+        if names not in (needed, wanted):
             odd = min(names ^ wanted)
             what = "lacks" if odd in wanted else "holds"
             raise InputError(f"{path}: optimizer.safetensors {what} {odd}; this model's has "
@@ -248,6 +255,10 @@ def load_checkpoint(
             parameter, key = name.rsplit(".", 1)
             p = by_name[parameter]
             tensor = f.get_tensor(name)
+            if key == "weight":
+                refuse_moment(tensor, p.shape, "exp_avg", f"{path}/optimizer.safetensors: {name}")
+                p.copy_(tensor)
+                continue
             shape = torch.Size() if key == "step" else p.shape
             refuse_moment(tensor, shape, key, f"{path}/optimizer.safetensors: {name}")
             if tensor.dim():

@@ -22,6 +22,7 @@ class Place(NamedTuple):
     device: str            # "cpu" or "cuda"
     dtype: torch.dtype     # the policy's
     processes: int         # that share the masters (--shard), or 1
+    trained: int           # parameters of the masters
     prompt: int            # tokens of the longest
     group: int             # rows of a group as it is trained on
     has_reference: bool    # a frozen start model
@@ -100,10 +101,16 @@ class Need(NamedTuple):
 def needs(shape, parameters: int, config, place: Place) -> Need:
     """Of a run of options.Config `config`, with a model of this model.ModelConfig and as many
     parameters. Within 15 % of what was used (python -m pytest -m slow tests/test_memory.py)."""
-    n, size = parameters, place.dtype.itemsize
+    n, m, size = parameters, place.trained, place.dtype.itemsize
     on_gpu = place.device == "cuda"
-    is_copy = place.dtype != torch.float32 or config.shard
-    masters = (4 + 2 + 8) * n / place.processes
+    if config.lora_rank:    # weights and moments of low rank, and the matrices that stay
+        masters = (4 + 8) * m + size * n
+        largest = shape.hidden_size * shape.intermediate_size    # its gradient is mapped in fp32
+        gradients = 4 * m + (4 + size) * largest
+    else:
+        masters = (4 + 2 + 8) * n / place.processes
+        gradients = 4 * n / place.processes
+    is_copy = place.dtype != torch.float32 or config.shard or config.lora_rank > 0
     # While a CPU samples, it holds the weights once more, laid out for its products; the room
     # stays its own.
     packed = 0 if on_gpu else size * n
@@ -128,11 +135,13 @@ def needs(shape, parameters: int, config, place: Place) -> Need:
         blocks = block + shape.num_hidden_layers * tokens * D * size
     logits = (4 + 4 + size) * min(LOGITS_AT_ONCE[place.device], tokens * V)
     of_output = (4 + 2 * size) * V * D    # the last layer's gradient, and parts of it
+    if config.lora_rank:
+        of_output = 0
     # What was freed does not always fit what comes next.
     kept = 1.1 if on_gpu else 1.5
     return Need(
         masters=masters,
-        gradients=4 * n / place.processes,
+        gradients=gradients,
         copies=size * n * (is_copy + place.has_reference),
         rollouts=rollouts + packed,
         update=kept * blocks + logits + of_output + packed,
@@ -145,10 +154,11 @@ def estimated_bytes(run) -> float:
         device=run.master.device.type,
         dtype=run.policy.dtype,
         processes=parallel.world() if run.config.shard else 1,
+        trained=sum(p.numel() for p in run.master.parameters()),
         prompt=max(len(p.prompt) for p in run.problems),
         group=1 if run.algorithm.train_on == "gold" else run.config.group_size,
         has_reference=run.algorithm.needs_reference)
-    n = sum(p.numel() for p in run.master.parameters())
+    n = sum(p.numel() for p in run.policy.parameters())
     return needs(run.master.config, n, run.config, place).total
 
 

@@ -59,6 +59,10 @@ class Config:
     lr_end: float = switch(1.0, "share of the learning rate left at the last step (linear)")
     warmup: int = switch(5, "steps of linear warm-up")
     weight_decay: float = switch(0.0, "decoupled weight decay")
+    lora_rank: int = switch(0, "r: train matrices A (r, in) and B (out, r) beside each matrix of "
+                               "the blocks, which stays (LoRA): far less memory; 0: train all")
+    lora_alpha: float = switch(32.0, "α: W = W0 + (α / r) · B A; with --lora-rank --lr is 1e-4 "
+                                     "unless it is given")
     max_grad_norm: float = switch(1.0, "gradients are scaled down to this norm")
     seed: int = switch(0, "of everything random")
 
@@ -139,6 +143,8 @@ def parse_flags(argv: list[str] | None = None) -> tuple[Config, Algorithm, dict]
         name, _, rest = str(e).partition("=")
         rest = re.sub(r"\b(\w+)=(\w+)", lambda m: f"{flag(m[1])} {m[2]}", rest)
         raise InputError(f"{flag(name)} {rest}") from None
+    if config.lora_rank and "lr" not in given:
+        config = replace(config, lr=1e-4)
     if config.group_size == 1 and algorithm.train_on == "rollouts":
         raise InputError("--group-size 1: a group of one has no contrast; use 2 or more")
     return fit_together(config, algorithm, given), algorithm, given
@@ -204,7 +210,8 @@ def add_flag(group, spec, text: str) -> None:
 LEAST = dict(
     steps=1, prompts=1, group_size=1, max_new_tokens=1, updates=1, lr=0, lr_end=0, warmup=0,
     weight_decay=0, eval_every=0, eval_samples=1, eval_limit=0, save_every=0, keep=1,
-    max_bad_steps=1, threads=0, rows=0, rows_per_pass=1, seed=0)
+    max_bad_steps=1, threads=0, rows=0, rows_per_pass=1, seed=0,
+    lora_rank=0, lora_alpha=0)
 
 
 def check(config: Config) -> None:
@@ -231,6 +238,9 @@ def check(config: Config) -> None:
             os.path.isdir(config.out) and only_begun(config.out)):
         raise InputError(f"--out {config.out}: there is something already; name another folder, "
                          "remove it, or add --resume to go on with it")
+    if config.lora_rank and config.shard:
+        raise InputError("--lora-rank: low-rank weights are small, and --shard does not divide "
+                         "them; leave it out")
     if config.show and (config.resume or config.out):
         raise InputError("--show: nothing is saved; leave out --out and --resume")
 

@@ -7,8 +7,22 @@ from __future__ import annotations
 
 import torch
 
-from model import Transformer
+from model import Transformer, load_model
 from support import parallel
+from support.lora import LowRankMaster
+
+
+def load_master_and_policy(
+    config, device: torch.device, dtype: torch.dtype,
+) -> tuple[Transformer | LowRankMaster, Transformer]:
+    """Of an options.Config's --model: the fp32 weights, or low-rank ones beside a policy whose own
+    weights stay; and the policy."""
+    if config.lora_rank:
+        policy = load_model(config.model, device, dtype)
+        return LowRankMaster(policy, config.lora_rank, config.lora_alpha, config.seed), policy
+    shard = (lambda model: parallel.shard(model, device, dtype)) if config.shard else None
+    master = load_model(config.model, device, shard=shard)
+    return master, make_policy(master, dtype)
 
 
 def make_policy(master: Transformer, dtype: torch.dtype) -> Transformer:
@@ -40,9 +54,11 @@ def move_gradient_to(master_p: torch.nn.Parameter):
 
 
 @torch.no_grad()
-def refresh_policy(policy: Transformer, master: Transformer) -> None:
+def refresh_policy(policy: Transformer, master: Transformer | LowRankMaster) -> None:
     """The master's weights, rounded to the policy's dtype."""
-    if policy is master:
+    if isinstance(master, LowRankMaster):
+        master.refresh()
+    if policy is master or isinstance(master, LowRankMaster):
         return
     for p, master_p in zip(policy.parameters(), master.parameters()):
         p.copy_(parallel.gather_shards(master_p.to(p.dtype)))

@@ -13,6 +13,7 @@ from support import parallel, runlog
 from support.checkpoint import State, load_checkpoint, save_checkpoint
 from support.common import InputError
 from support.cpu import give_back_freed_memory
+from support.lora import whole_model
 from support.memory import peak_bytes
 from support.options import learning_rate
 from support.policy import refresh_policy
@@ -135,7 +136,8 @@ class Record:
         """OUT/model. All processes must call this, as each may have a shard of the model."""
         self.refuse_lost()
         folder = os.path.join(self.run.config.out, "model")
-        save_model(self.run.master, folder, self.tokenizer_files, write=parallel.rank() == 0)
+        model = whole_model(self.run.master)
+        save_model(model, folder, self.tokenizer_files, write=parallel.rank() == 0)
 
     def refuse_lost(self) -> None:
         """Raises InputError where nothing of use could be saved: the folder has gone, or the

@@ -34,6 +34,7 @@ from support.checkpoint import (
 )
 from support.common import flag, read_json, written_whole
 from support.folders import copy_tokenizer
+from support.lora import LowRankMaster
 from support.memory import estimated_bytes
 from support.options import Config, as_command, record_of, run_name
 
@@ -102,7 +103,9 @@ def warn(run) -> None:
 def announce(run, command: str) -> None:
     """The run as one command, its size, and the golds that cannot be used."""
     model, device = run.master.config.model_type, run.master.device
-    parameters = sum(p.numel() for p in run.master.parameters())
+    parameters = sum(p.numel() for p in run.policy.parameters())
+    trained = sum(p.numel() for p in run.master.parameters())
+    part = f" ({trained / 1e6:.2f} M trained)" if trained < parameters else ""
     with_gold = sum(p.gold_ids is not None for p in run.problems)
     threads = f" ({torch.get_num_threads()} threads)" if device.type == "cpu" else ""
     dtype = str(run.policy.dtype).removeprefix("torch.")
@@ -110,7 +113,7 @@ def announce(run, command: str) -> None:
     stops = run.tokenizer.stop_tokens
     ends = f"; responses end with {' or '.join(stops)}" if len(stops) > 1 else ""
     print(command)
-    print(f"{run_name(run.config)}: {model}, {parameters / 1e6:.2f} M parameters, "
+    print(f"{run_name(run.config)}: {model}, {parameters / 1e6:.2f} M parameters{part}, "
           f"{device}{threads}, {dtype}, about {gib:.1f} GiB; {len(run.problems)} problems, "
           f"{with_gold} with gold; {len(run.held_out)} held out{ends}")
     for line in run.notes.summary():
@@ -126,7 +129,8 @@ def run_record(run, settings: dict, command: str) -> dict:
         "config": asdict(run.config),
         "settings": settings,
         "algorithm": asdict(run.algorithm),
-        "parameters": sum(p.numel() for p in run.master.parameters()),
+        "parameters": sum(p.numel() for p in run.policy.parameters()),
+        "trained_parameters": sum(p.numel() for p in run.master.parameters()),
         "device": str(run.master.device),
         "dtype": str(run.policy.dtype),
         "threads": torch.get_num_threads(),
@@ -396,10 +400,14 @@ def sample_record(step: int, items: list, tokenizer) -> dict:
 
 class Bf16Change:
     """How much of the weights a bf16 forward pass can see: the share whose bf16 value is not the
-    start's. Keeps 2 bytes a parameter."""
+    start's. Keeps 2 bytes a parameter; with low ranks nothing, and looks at the merged matrices."""
     def __init__(self, master: torch.nn.Module):
         self.master = master
-        self.start = [self.rounded(p) for p in master.parameters()]
+        if isinstance(master, LowRankMaster):
+            self.weights, self.start = master.merged_and_frozen()
+        else:
+            self.weights = list(master.parameters())
+            self.start = [self.rounded(p) for p in self.weights]
 
     @staticmethod
     def rounded(p) -> torch.Tensor:
@@ -407,8 +415,8 @@ class Bf16Change:
 
     def share(self) -> float:
         changed = 0
-        for p, start in zip(self.master.parameters(), self.start):
-            changed += int((self.rounded(p) != start).sum())
+        for p, start in zip(self.weights, self.start):
+            changed += int((self.rounded(p) != start.to(torch.bfloat16)).sum())
         size = sum(s.numel() for s in self.start)
         if parallel.is_sharded(self.master):
             changed, size = parallel.all_sum(changed, size)

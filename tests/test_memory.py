@@ -19,7 +19,8 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     ("SmolLM2-135M", 60, []),
     ("SmolLM2-135M", 150, []),
     ("SmolLM2-135M", 150, ["--gradient-checkpointing"]),
-    ("SmolLM2-360M", 60, [])])
+    ("SmolLM2-360M", 60, []),
+    ("SmolLM2-360M", 60, ["--lora-rank", "16"])])
 def test_estimate_is_what_a_run_uses(toy, tmp_path, shape, tokens, flags):
     """A run of responses of full length uses what was estimated, to 15 %. (Bug: a message that
     frightens users away, or a run that dies although it was said to fit.)"""

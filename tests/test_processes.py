@@ -12,10 +12,9 @@ from test_faults import ROOT, STEPS, Program, forkserver
 from torch.distributed.fsdp import FSDPModule
 
 from gcpo import ALGORITHMS, Group, group_advantages
-from model import load_model
 from support import parallel
 from support.options import Config
-from support.policy import make_policy
+from support.policy import load_master_and_policy
 from support.toy import build_toy
 from train import Item, Run, update
 
@@ -52,7 +51,7 @@ def fixed_items(contrast):
     return items
 
 
-def worker(rank, world, port, folder, contrast, optimizer_name, shard):
+def worker(rank, world, port, folder, contrast, optimizer_name, kept):
     """One of `world` processes: three updates on its part of the groups. The first writes weights
     and gradient norms."""
     os.environ |= {
@@ -64,19 +63,17 @@ def worker(rank, world, port, folder, contrast, optimizer_name, shard):
     torch.set_num_threads(1)
     parallel.join()
 
-    def cut(model):
-        parallel.shard(model, torch.device("cpu"), torch.float32)
-
-    model_folder = os.path.join(folder, "toy", "model")
-    master = load_model(model_folder, shard=cut if shard and world > 1 else None)
-    policy = make_policy(master, torch.float32)
+    config = Config(
+        model=os.path.join(folder, "toy", "model"), max_new_tokens=24,
+        rows_per_pass=3 if kept == "shards" else 8, shard=kept == "shards" and world > 1,
+        lora_rank=4 if kept == "low ranks" else 0)
+    master, policy = load_master_and_policy(config, torch.device("cpu"), torch.float32)
     for model in (master, policy):
-        model.gradient_checkpointing = shard and optimizer_name == "adamw"
+        model.gradient_checkpointing = kept == "shards" and optimizer_name == "adamw"
     if optimizer_name == "sgd":
         optimizer = torch.optim.SGD(master.parameters(), lr=0.1)
     else:
         optimizer = torch.optim.AdamW(master.parameters(), lr=LR)
-    config = Config(max_new_tokens=24, rows_per_pass=3 if shard else 8)
     run = Run(config, ALGORITHMS["gcpo"], master, policy, optimizer)
     items = parallel.my_part(fixed_items(contrast))
     norms = [update(run, items)[1] for _ in range(UPDATES)]
@@ -84,6 +81,8 @@ def worker(rank, world, port, folder, contrast, optimizer_name, shard):
     weights = torch.cat([
         parallel.gather_shards(p.detach()).flatten() for p in master.parameters()])
     sampled_next = torch.cat([p.detach().flatten() for p in policy.parameters()])
+    if kept == "low ranks":
+        weights = sampled_next
     assert torch.equal(weights, sampled_next)    # what samples next is what was trained
     if rank == 0:
         torch.save([weights, norms], os.path.join(folder, f"{world}.pt"))
@@ -115,22 +114,24 @@ ALL = (0, 1, 2, 3, 4)
 NEEDS_SHARDS = pytest.mark.skipif(not CAN_SHARD, reason="--shard on CPUs needs PyTorch 2.8")
 
 
-@pytest.mark.parametrize("contrast, optimizer, shard, worlds", [
-    pytest.param(ALL, "sgd", False, (2, 3), id="all groups"),
-    pytest.param((2,), "sgd", False, (2,), id="one group"),
-    pytest.param((), "sgd", False, (2,), id="no group"),
-    pytest.param(ALL, "adamw", False, (2,), id="all groups, AdamW"),
-    pytest.param(ALL, "sgd", True, (2, 3), id="all groups, shards", marks=NEEDS_SHARDS),
-    pytest.param((2,), "adamw", True, (3,), id="one group, AdamW, shards", marks=NEEDS_SHARDS)])
-def test_n_processes_take_the_step_of_one(toy_folder, contrast, optimizer, shard, worlds):
+@pytest.mark.parametrize("contrast, optimizer, kept, worlds", [
+    pytest.param(ALL, "sgd", "whole", (2, 3), id="all groups"),
+    pytest.param((2,), "sgd", "whole", (2,), id="one group"),
+    pytest.param((), "sgd", "whole", (2,), id="no group"),
+    pytest.param(ALL, "adamw", "whole", (2,), id="all groups, AdamW"),
+    pytest.param(ALL, "sgd", "low ranks", (2,), id="all groups, low ranks"),
+    pytest.param(ALL, "sgd", "shards", (2, 3), id="all groups, shards", marks=NEEDS_SHARDS),
+    pytest.param((2,), "adamw", "shards", (3,), id="one group, AdamW, shards",
+                 marks=NEEDS_SHARDS)])
+def test_n_processes_take_the_step_of_one(toy_folder, contrast, optimizer, kept, worlds):
     """Two or three processes with five groups take the steps that one would, with whole weights in
-    each process or a shard of them: also where some or all have nothing to do. (Bugs: denominators
-    of a process's own, gradients averaged where they should be summed, and processes that wait for
-    each other for ever.)"""
-    weights, norms = run_workers(1, toy_folder, contrast, optimizer, shard)
+    each process, a shard of them, or low ranks: also where some or all have nothing to do. (Bugs:
+    denominators of a process's own, gradients averaged where they should be summed, and processes
+    that wait for each other for ever.)"""
+    weights, norms = run_workers(1, toy_folder, contrast, optimizer, kept)
     assert (norms == [None] * UPDATES) == (contrast == ())
     for world in worlds:
-        their_weights, their_norms = run_workers(world, toy_folder, contrast, optimizer, shard)
+        their_weights, their_norms = run_workers(world, toy_folder, contrast, optimizer, kept)
         difference = their_weights - weights
         if contrast:
             assert norms == pytest.approx(their_norms, rel=1e-5)
