@@ -85,9 +85,6 @@ BUGS = [
     Bug("a row reads the first prompt, not its own", "support/gpu.py",
         "torch.cat([nothing, own_at[prompt_of]]), own_at)",
         "torch.cat([nothing, own_at[prompt_of] * 0]), own_at)"),
-    Bug("a prompt's padding among the keys", "support/gpu.py",
-        "return cls(lengths, prompt_lengths[prompt_of], prompt_of * P, own_at)",
-        "return cls(lengths, torch.full_like(prompt_of, P), prompt_of * P, own_at)"),
     Bug("the kernel asked for a longest row that is too short", "support/gpu.py",
         "max(lengths.tolist(), default=0))", "max(lengths.tolist(), default=0) - 1)"),
 
