@@ -47,7 +47,8 @@ from sampler import sample
 from support.batches import micro_batches
 from support.common import InputError, as_flags, exit_cleanly, pick_device, pick_dtype
 from support.cpu import keep_freed_memory
-from support.memory import Place, estimated_bytes, needs, peak_bytes
+from support.estimate import Place, estimate, needs
+from support.memory import peak_bytes
 from support.options import Config, rows_that_fill
 from support.policy import make_policy
 
@@ -778,7 +779,9 @@ def our_steps(args, device: torch.device, turns: Turns) -> list[str]:
 
     with contextlib.suppress(Enough):
         train.train(run, log)
-    return [f"our estimate of memory before the run: {estimated_bytes(run) / GIB:.2f} GiB; updates "
+    prompts = [p.prompt for p in run.problems]
+    need = estimate(config, run.algorithm, run.policy.config, prompts, device, run.policy.dtype)
+    return [f"our estimate of memory before the run: {need.total / GIB:.2f} GiB; updates "
             f"with a gradient that was not finite: {sum(not_finite):.0f}"]
 
 
@@ -969,21 +972,16 @@ def cost() -> None:
     for name in SHAPES:
         if not name.startswith("Qwen"):
             continue
-        with tempfile.TemporaryDirectory() as folder, torch.device("meta"):
+        with tempfile.TemporaryDirectory() as folder:
             shape = config_of(folder, name)
-            model = Transformer(shape)
-        n = sum(p.numel() for p in model.parameters())
-        of_rank_1 = sum(sum(m.weight.shape) for m in model.layers.modules()
-                        if isinstance(m, torch.nn.Linear))
         cells = []
         for way, settings in ways.items():
             settings = dict(settings)
             place = Place(
                 device="cuda", dtype=torch.bfloat16, prompt=200, group=8,
-                processes=settings.pop("processes", 1), has_reference=False,
-                trained=settings.get("lora_rank", 0) * of_rank_1 or n)
+                processes=settings.pop("processes", 1), has_reference=False)
             config = Config(max_new_tokens=512, rows_per_pass=16, **settings)
-            total = needs(shape, n, config, place).total
+            total = needs(shape, config, place).total
             cells.append(f"{total / GIB:.0f}".rjust(len(way) + 2))
         print_row(14, name, cells)
 

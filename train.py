@@ -47,6 +47,7 @@ from support.checkpoint import State
 from support.common import InputError, exit_cleanly, pick_dtype
 from support.cpu import keep_freed_memory
 from support.dpo import pair_loss
+from support.estimate import warn_if_too_large
 from support.lora import LowRankMaster
 from support.options import (
     Config, learning_rate, load_reward, parse_flags, place_run, set_up_process, sft_stage)
@@ -140,6 +141,8 @@ def load_run(config: Config, algorithm: Algorithm, device: torch.device) -> Run:
                          f"can be used{first}")
 
     dtype = pick_dtype(config.dtype, device)
+    prompts = [p.prompt for p in problems]
+    warn_if_too_large(config, algorithm, shape, prompts, device, dtype)
     master, policy = load_master_and_policy(config, device, dtype)
     for model in (master, policy):
         model.gradient_checkpointing = config.gradient_checkpointing

@@ -1,31 +1,17 @@
-"""What fits into memory: sizes of caches, rows in flight, and what a run will need."""
+"""Sizes of the sampler's caches, rows in flight, and memory that was used."""
 from __future__ import annotations
 
 import math
 import sys
-from typing import NamedTuple
 
 import torch
 
-from logprobs import LOGITS_AT_ONCE
-from support import parallel
 from support.gpu import has_flash
 
 
 CPU_CACHE_BYTES = 4 * 2**30  # a fixed budget: the same command always makes the same batches
 CACHE_COLUMNS = 32  # the sampler's caches are as wide as a multiple of it
 MOST_ROWS = 256  # in flight; more make a step no faster
-
-
-class Place(NamedTuple):
-    """Where and with what a run goes, as far as memory depends on it."""
-    device: str            # "cpu" or "cuda"
-    dtype: torch.dtype     # the policy's
-    processes: int         # that share the masters (--shard), or 1
-    trained: int           # parameters of the masters
-    prompt: int            # tokens of the longest
-    group: int             # rows of a group as it is trained on
-    has_reference: bool    # a frozen start model
 
 
 def round_up(n: int, unit: int) -> int:
@@ -81,85 +67,6 @@ def rows_that_fit(model, group_size: int, longest_prompt: int, max_new_tokens: i
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         budget = 0.6 * (torch.cuda.mem_get_info(device)[0] + unused)
     return max(group_size, min(MOST_ROWS, int(budget / row)))
-
-
-class Need(NamedTuple):
-    """What a run holds at most, in bytes."""
-    masters: float    # fp32 weights, their start in bf16 (for `update/bf16_changed`), two moments
-    gradients: float
-    copies: float     # the policy, if it is a copy, and the reference model
-    rollouts: float   # caches and logits of the rows in flight, while there are no gradients
-    update: float     # activations and logits of one pass
-    program: float
-
-    @property
-    def total(self) -> float:
-        return (self.masters + self.copies + self.program
-                + max(self.rollouts, self.gradients + self.update))
-
-
-def needs(shape, parameters: int, config, place: Place) -> Need:
-    """Of a run of options.Config `config`, with a model of this model.ModelConfig and as many
-    parameters. Within 15 % of what was used (python -m pytest -m slow tests/test_memory.py)."""
-    n, m, size = parameters, place.trained, place.dtype.itemsize
-    on_gpu = place.device == "cuda"
-    if config.lora_rank:    # weights and moments of low rank, and the matrices that stay
-        masters = (4 + 8) * m + size * n
-        largest = shape.hidden_size * shape.intermediate_size    # its gradient is mapped in fp32
-        gradients = 4 * m + (4 + size) * largest
-    else:
-        masters = (4 + 2 + 8) * n / place.processes
-        gradients = 4 * n / place.processes
-    is_copy = place.dtype != torch.float32 or config.shard or config.lora_rank > 0
-    # While a CPU samples, it holds the weights once more, laid out for its products; the room
-    # stays its own.
-    packed = 0 if on_gpu else size * n
-    V, D = shape.vocab_size, shape.hidden_size
-
-    rows = min(config.rows or MOST_ROWS, config.prompts * config.group_size)
-    columns = config.max_new_tokens + place.prompt
-    per_column = 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim * size
-    rollouts = rows * (columns * per_column + 28 * V)
-
-    in_pass = min(config.rows_per_pass, config.prompts * place.group)
-    prompts = max(1, in_pass // place.group)
-    tokens = in_pass * config.max_new_tokens + prompts * place.prompt
-    keys = tokens + in_pass * place.prompt
-    # What backward needs of each token in each block: around the norms and the residual 4 D, in the
-    # MLP 4 I, and around attention 3 H·d (5 where it goes by products) and 2 K·d of each key.
-    width = shape.num_attention_heads * shape.head_dim
-    block = size * (tokens * (4 * D + 4 * shape.intermediate_size + (3 if on_gpu else 5) * width)
-                    + keys * 2 * shape.num_key_value_heads * shape.head_dim)
-    blocks = shape.num_hidden_layers * block
-    if config.gradient_checkpointing:
-        blocks = block + shape.num_hidden_layers * tokens * D * size
-    logits = (4 + 4 + size) * min(LOGITS_AT_ONCE[place.device], tokens * V)
-    of_output = (4 + 2 * size) * V * D    # the last layer's gradient, and parts of it
-    if config.lora_rank:
-        of_output = 0
-    # What was freed does not always fit what comes next.
-    kept = 1.1 if on_gpu else 1.5
-    return Need(
-        masters=masters,
-        gradients=gradients,
-        copies=size * n * (is_copy + place.has_reference),
-        rollouts=rollouts + packed,
-        update=kept * blocks + logits + of_output + packed,
-        program=0 if on_gpu else 0.4 * 2**30)
-
-
-def estimated_bytes(run) -> float:
-    """What a train.Run will need at most."""
-    place = Place(
-        device=run.master.device.type,
-        dtype=run.policy.dtype,
-        processes=parallel.world() if run.config.shard else 1,
-        trained=sum(p.numel() for p in run.master.parameters()),
-        prompt=max(len(p.prompt) for p in run.problems),
-        group=1 if run.algorithm.train_on == "gold" else run.config.group_size,
-        has_reference=run.algorithm.needs_reference)
-    n = sum(p.numel() for p in run.policy.parameters())
-    return needs(run.master.config, n, run.config, place).total
 
 
 def peak_bytes(device: torch.device) -> float:

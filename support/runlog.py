@@ -33,9 +33,9 @@ from support.checkpoint import (
     sha256,
 )
 from support.common import flag, read_json, written_whole
+from support.estimate import estimate
 from support.folders import copy_tokenizer
 from support.lora import LowRankMaster
-from support.memory import estimated_bytes
 from support.options import Config, as_command, record_of, run_name
 
 
@@ -109,13 +109,16 @@ def announce(run, command: str) -> None:
     with_gold = sum(p.gold_ids is not None for p in run.problems)
     threads = f" ({torch.get_num_threads()} threads)" if device.type == "cpu" else ""
     dtype = str(run.policy.dtype).removeprefix("torch.")
-    gib = estimated_bytes(run) / 2**30
+    prompts = [p.prompt for p in run.problems]
+    need = estimate(
+        run.config, run.algorithm, run.policy.config, prompts, device, run.policy.dtype)
     stops = run.tokenizer.stop_tokens
     ends = f"; responses end with {' or '.join(stops)}" if len(stops) > 1 else ""
     print(command)
     print(f"{run_name(run.config)}: {model}, {parameters / 1e6:.2f} M parameters{part}, "
-          f"{device}{threads}, {dtype}, about {gib:.1f} GiB; {len(run.problems)} problems, "
-          f"{with_gold} with gold; {len(run.held_out)} held out{ends}")
+          f"{device}{threads}, {dtype}, about {need.total / 2**30:.1f} GiB; "
+          f"{len(run.problems)} problems, {with_gold} with gold; {len(run.held_out)} held out"
+          f"{ends}")
     for line in run.notes.summary():
         print(f"note: {line}")
     for line in run.held_out_notes.summary():

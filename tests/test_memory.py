@@ -1,5 +1,6 @@
 """The estimate of memory, which the start line says before a run, against what the run uses."""
 import json
+import math
 import os
 import re
 import shutil
@@ -7,8 +8,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
-from bench import write_random_model
+from bench import config_of, write_random_model
+from gcpo import ALGORITHMS
+from support import estimate
+from support.options import Config
 
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -38,3 +43,41 @@ def test_estimate_is_what_a_run_uses(toy, tmp_path, shape, tokens, flags):
     with open(out / "metrics.jsonl") as f:
         used = [json.loads(line) for line in f][-1]["memory/peak_gib"]
     assert estimate == pytest.approx(used, rel=0.15)
+
+
+def asked(tmp_path, monkeypatch, capsys, free, **settings):
+    """What is said of Qwen2.5-1.5B where `free` GiB are free."""
+    monkeypatch.setattr(estimate, "free_bytes", lambda device: free * 2**30)
+    estimate.warn_if_too_large(
+        Config(**settings), ALGORITHMS["gcpo"], config_of(tmp_path, "Qwen2.5-1.5B"),
+        [torch.arange(100)], torch.device("cuda"), torch.bfloat16)
+    return capsys.readouterr().err
+
+
+def test_a_run_that_will_not_fit_says_so_and_what_would(tmp_path, monkeypatch, capsys):
+    """One line before the model is loaded, with flags under which it would fit, the cheapest of
+    them; and nothing where it fits. (Bug: half an hour of loading, and then a killed process.)"""
+    needed = {}
+    for free, flags in ((33, "--gradient-checkpointing"), (14, "--lora-rank 16"), (1, "no flags")):
+        said = asked(tmp_path, monkeypatch, capsys, free)
+        assert said.count("\n") == 1 and flags in said
+        assert f"and {free:.1f} are free" in said
+        needed[flags] = said
+    would = float(re.search(r"would need about ([\d.]+)", needed["--lora-rank 16"])[1])
+    assert would <= 14
+    said = asked(tmp_path, monkeypatch, capsys, 14, lora_rank=16)    # as it was advised
+    assert said == ""
+    assert asked(tmp_path, monkeypatch, capsys, 80) == ""
+
+
+def test_free_memory_is_known_or_infinite():
+    """A positive number of bytes; no error where the system does not say. (Bug: a traceback on a
+    system without /proc.)"""
+    assert estimate.free_bytes(torch.device("cpu")) > 0
+
+
+def test_no_proc_is_no_error(monkeypatch):
+    def none(*_, **__):
+        raise FileNotFoundError
+    monkeypatch.setattr("builtins.open", none)
+    assert estimate.free_bytes(torch.device("cpu")) == math.inf

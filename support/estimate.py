@@ -1,0 +1,160 @@
+"""How much memory a run will need, before it starts, and which flags would make it fit."""
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from logprobs import LOGITS_AT_ONCE
+from model import ModelConfig, Transformer
+from support import parallel
+from support.common import as_flags
+from support.memory import MOST_ROWS
+
+
+class Place(NamedTuple):
+    """Where and with what a run goes, as far as memory depends on it."""
+    device: str            # "cpu" or "cuda"
+    dtype: torch.dtype     # the policy's
+    processes: int         # that share the masters (--shard), or 1
+    prompt: int            # tokens of the longest
+    group: int             # rows of a group as it is trained on
+    has_reference: bool    # a frozen start model
+
+
+class Need(NamedTuple):
+    """What a run holds at most, in bytes."""
+    masters: float    # fp32 weights, their start in bf16 (for `update/bf16_changed`), two moments
+    gradients: float
+    copies: float     # the policy, if it is a copy, and the reference model
+    rollouts: float   # caches and logits of the rows in flight, while there are no gradients
+    update: float     # activations and logits of one pass
+    program: float
+
+    @property
+    def total(self) -> float:
+        return (self.masters + self.copies + self.program
+                + max(self.rollouts, self.gradients + self.update))
+
+
+def needs(shape: ModelConfig, config, place: Place) -> Need:
+    """Of a run of options.Config `config` with a model of this shape. Within 15 % of
+    what was used (python -m pytest -m slow tests/test_memory.py)."""
+    n, of_rank_1 = count_parameters(shape)
+    size = place.dtype.itemsize
+    on_gpu = place.device == "cuda"
+    if config.lora_rank:    # weights and moments of low rank, and the matrices that stay
+        m = config.lora_rank * of_rank_1
+        masters = (4 + 8) * m + size * n
+        largest = shape.hidden_size * shape.intermediate_size    # its gradient is mapped in fp32
+        gradients = 4 * m + (4 + size) * largest
+    else:
+        masters = (4 + 2 + 8) * n / place.processes
+        gradients = 4 * n / place.processes
+    is_copy = place.dtype != torch.float32 or config.shard or config.lora_rank > 0
+    # While a CPU samples, it holds the weights once more, laid out for its products; the room
+    # stays its own.
+    packed = 0 if on_gpu else size * n
+    V, D = shape.vocab_size, shape.hidden_size
+
+    rows = min(config.rows or MOST_ROWS, config.prompts * config.group_size)
+    columns = config.max_new_tokens + place.prompt
+    per_column = 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim * size
+    rollouts = rows * (columns * per_column + 28 * V)
+
+    in_pass = min(config.rows_per_pass, config.prompts * place.group)
+    prompts = max(1, in_pass // place.group)
+    tokens = in_pass * config.max_new_tokens + prompts * place.prompt
+    keys = tokens + in_pass * place.prompt
+    # What backward needs of each token in each block: around the norms and the residual 4 D, in the
+    # MLP 4 I, and around attention 3 H·d (5 where it goes by products) and 2 K·d of each key.
+    width = shape.num_attention_heads * shape.head_dim
+    block = size * (tokens * (4 * D + 4 * shape.intermediate_size + (3 if on_gpu else 5) * width)
+                    + keys * 2 * shape.num_key_value_heads * shape.head_dim)
+    blocks = shape.num_hidden_layers * block
+    if config.gradient_checkpointing:
+        blocks = block + shape.num_hidden_layers * tokens * D * size
+    logits = (4 + 4 + size) * min(LOGITS_AT_ONCE[place.device], tokens * V)
+    of_output = (4 + 2 * size) * V * D    # the last layer's gradient, and parts of it
+    if config.lora_rank:
+        of_output = 0
+    # What was freed does not always fit what comes next.
+    kept = 1.1 if on_gpu else 1.5
+    return Need(
+        masters=masters,
+        gradients=gradients,
+        copies=size * n * (is_copy + place.has_reference),
+        rollouts=rollouts + packed,
+        update=kept * blocks + logits + of_output + packed,
+        program=0 if on_gpu else 0.4 * 2**30)
+
+
+def estimate(config, algorithm, shape: ModelConfig, prompts, device, dtype) -> Need:
+    """Of a run of these settings; prompts: token ids of each."""
+    return needs(shape, config, Place(
+        device=torch.device(device).type,
+        dtype=dtype,
+        processes=parallel.world() if config.shard else 1,
+        prompt=max(len(p) for p in prompts),
+        group=1 if algorithm.train_on == "gold" else config.group_size,
+        has_reference=algorithm.needs_reference))
+
+
+def count_parameters(shape: ModelConfig) -> tuple[int, int]:
+    """All of a model, and those that low ranks of 1 have beside it."""
+    with torch.device("meta"):
+        model = Transformer(shape)
+    of_rank_1 = sum(sum(m.weight.shape) for m in model.layers.modules() if isinstance(m, nn.Linear))
+    return sum(p.numel() for p in model.parameters()), of_rank_1
+
+
+# ---- What would fit ------------------------------------------------------------------------------
+
+SMALLER = (    # flags that need less, those that cost least first
+    dict(gradient_checkpointing=True),
+    dict(rows_per_pass=1, gradient_checkpointing=True),
+    dict(lora_rank=16),
+    dict(lora_rank=16, gradient_checkpointing=True),
+    dict(lora_rank=16, gradient_checkpointing=True, rows_per_pass=1, rows=8))
+
+
+def free_bytes(device: torch.device) -> float:
+    """What this process may still take; infinity if nobody knows."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo") as f:
+            lines = dict(line.split(":") for line in f)
+        free = 1024 * int(lines["MemAvailable"].split()[0])
+    except (OSError, KeyError, ValueError):
+        return math.inf
+    try:    # a container may have less
+        with open("/sys/fs/cgroup/memory.max") as limit, \
+                open("/sys/fs/cgroup/memory.current") as used:
+            return min(free, int(limit.read()) - int(used.read()))
+    except (OSError, ValueError):
+        return free
+
+
+def warn_if_too_large(config, algorithm, shape: ModelConfig, prompts, device, dtype) -> None:
+    """Before a model is loaded: one line if it will hardly fit, with the flags that would."""
+    def gib(**changes):
+        changed = replace(config, **changes)
+        return estimate(changed, algorithm, shape, prompts, device, dtype).total / 2**30
+
+    free = free_bytes(device) / 2**30
+    if gib() <= free or parallel.rank() > 0:
+        return
+    ways = [changes for changes in SMALLER if gib(**changes) < gib()]
+    if parallel.world() > 1 and not config.shard and not config.lora_rank:
+        ways = [dict(changes, shard=True) for changes in ({}, *SMALLER[:2])] + ways
+    fitting = next((changes for changes in ways if gib(**changes) <= free), None)
+    advice = "no flags of ours would make it fit"
+    if fitting is not None:
+        advice = f"with {' '.join(as_flags(fitting))} it would need about {gib(**fitting):.1f}"
+    print(f"warning: this run may need about {gib():.1f} GiB, and {free:.1f} are free on {device}; "
+          f"{advice}", file=sys.stderr)
