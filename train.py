@@ -108,7 +108,7 @@ def main():
         run = load_run(config, algorithm, device)
     run.sft = sft_stage(algorithm, given)
     checkpoint = runlog.begin(run, given)
-    log = runlog.open_log(config.out)
+    log = runlog.open_log(config)
     try:
         before, after = train(run, log, checkpoint, runlog.heed_signals())
     except KeyboardInterrupt:

@@ -79,6 +79,8 @@ class Config:
                                  "to the bit")
     max_bad_steps: int = switch(10, "stop after so many steps in a row whose gradient is not "
                                     "finite")
+    track: str = switch(None, "send metrics to this program, too, under the same names",
+                        ("wandb", "trackio", "tensorboard"))
     show: bool = switch(False, "the same as show.py: one group before your eyes, nothing saved")
 
     # The machine
@@ -241,6 +243,8 @@ def check(config: Config) -> None:
     if config.lora_rank and config.shard:
         raise InputError("--lora-rank: low-rank weights are small, and --shard does not divide "
                          "them; leave it out")
+    if config.track and not util.find_spec(config.track):
+        raise InputError(f"--track {config.track}: pip install {config.track}")
     if config.show and (config.resume or config.out):
         raise InputError("--show: nothing is saved; leave out --out and --resume")
 
@@ -429,13 +433,14 @@ def latest_folder(stem: str) -> str:
 # not its number. Those that only say how things are computed may change too, or a run that lacks
 # memory could not go on; then it does not go on to the bit.
 MAY_CHANGE = {
-    "out", "resume", "show", "steps", "eval_every", "save_every", "keep", "max_bad_steps",
+    "out", "resume", "show", "track", "steps", "eval_every", "save_every", "keep", "max_bad_steps",
     "model", "data", "eval_data",
     "device", "threads", "shard", "rows", "rows_per_pass", "gradient_checkpointing"}
 
 
 # Of several processes these need not be the same.
-MAY_DIFFER = {"out", "model", "data", "eval_data", "device", "threads", "rows", "rows_per_pass"}
+MAY_DIFFER = {
+    "out", "track", "model", "data", "eval_data", "device", "threads", "rows", "rows_per_pass"}
 
 
 def record_of(run) -> dict:

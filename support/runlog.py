@@ -4,8 +4,10 @@
 """
 from __future__ import annotations
 
+import atexit
 import glob
 import hashlib
+import importlib
 import json
 import math
 import os
@@ -32,7 +34,7 @@ from support.checkpoint import (
     refuse_changes,
     sha256,
 )
-from support.common import flag, read_json, written_whole
+from support.common import InputError, flag, one_line, read_json, written_whole
 from support.estimate import estimate
 from support.folders import copy_tokenizer
 from support.lora import LowRankMaster
@@ -214,11 +216,13 @@ def last_words(run, before: float | None, after: float | None) -> None:
 
 # ---- While it runs -------------------------------------------------------------------------------
 
-def open_log(out: str):
+def open_log(config: Config):
     """log(kind, record) adds a line to OUT/metrics.jsonl or samples.jsonl, and returns once it is
     on the disk. The first process writes."""
     if parallel.rank() > 0:
         return lambda kind, record: None
+    out = config.out
+    track = open_tracker(config)
     files = {}
     for kind in ("metrics", "samples"):
         files[kind] = open(os.path.join(out, f"{kind}.jsonl"), "a", encoding="utf-8")
@@ -231,8 +235,47 @@ def open_log(out: str):
         files[kind].write(json.dumps(finite, ensure_ascii=False) + "\n")
         files[kind].flush()
         os.fsync(files[kind].fileno())
+        if kind == "metrics" and track:
+            track(record)
 
     return log
+
+
+def open_tracker(config: Config):
+    """track(record) sends a step's metrics to --track; None without it. If that fails, the run goes
+    on without."""
+    if config.track == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+        writer = SummaryWriter(os.path.join(config.out, "tensorboard"))
+
+        def send(numbers, step):
+            for name, value in numbers.items():
+                writer.add_scalar(name, value, step)
+            writer.flush()
+    elif config.track:
+        try:
+            program = importlib.import_module(config.track)    # wandb, or trackio, which is like it
+            program.init(project="gcpo", name=os.path.basename(config.out), config=asdict(config))
+        except Exception as e:
+            raise InputError(f"--track {config.track}: it does not start ({one_line(e)})") from None
+        atexit.register(program.finish)
+        send = lambda numbers, step: program.log(numbers, step=step)
+    else:
+        return None
+    broken = []
+
+    def track(record):
+        numbers = {name: value for name, value in record.items() if type(value) in (int, float)
+                   and name != "step" and math.isfinite(value)}
+        if not broken:
+            try:
+                send(numbers, record["step"])
+            except Exception as e:    # of others' code, and no reason to lose a run
+                broken.append(e)
+                print(f"warning: --track {config.track}: {one_line(e)}; going on without it",
+                      file=sys.stderr)
+
+    return track
 
 
 def heed_signals():
