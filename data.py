@@ -37,6 +37,7 @@ class Problem:
     opened: str = ""                # "<think>", if the prompt has opened the model's scratch pad
     gold_ids: Tensor | None = None  # (T*,) int64, ends with the end token; None: no usable gold
     gold_reward: float = 1.0
+    hint: str = ""                  # what the prompt says below the question
 
 
 # ---- What is left out ----------------------------------------------------------------------------
@@ -214,7 +215,7 @@ class Tokenizer:
 
     def rendered(self, problems: list[Problem]) -> list[str | InputError]:
         """`prompt_texts`, but with an InputError in place of a text that the template refuses."""
-        conversations = [self.conversation(p.question) for p in problems]
+        conversations = [self.conversation(p.question, p.hint) for p in problems]
         if self.template is not None:
             return render(self.template, conversations, self.variables, self.template_from)
         texts = []
@@ -223,15 +224,16 @@ class Tokenizer:
             texts.append("\n".join(m["content"] for m in messages) + end)
         return texts
 
-    def conversation(self, question: str | list) -> list[dict]:
-        """The question as messages, with the instruction in the user's last one."""
+    def conversation(self, question: str | list, hint: str = "") -> list[dict]:
+        """The question as messages, with hint and instruction in the user's last one."""
         if isinstance(question, str):
             question = [{"role": "user", "content": question}]
         # Parquet gives every message the keys of all, null where it has none.
         messages = [{k: v for k, v in m.items() if v is not None} for m in question]
-        if self.instruction:
+        below = "\n".join(text for text in (hint, self.instruction) if text)
+        if below:
             last = [m for m in messages if m["role"] == "user"][-1]
-            last["content"] += f"\n{self.instruction}"
+            last["content"] += f"\n{below}"
         return messages
 
     def encode(self, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
@@ -311,24 +313,25 @@ def prepare(
     notes = notes or Notes()
     kept = []
     too_long = []
+    told = lambda p: (id(p.question), p.hint)
     prompts = {}    # of each question, which may stand there a hundred times
     for first in range(0, len(problems), PART):
         part = problems[first:first + PART]
-        new = {id(p.question): p for p in part if id(p.question) not in prompts}.values()
+        new = {told(p): p for p in part if told(p) not in prompts}.values()
         texts = tokenizer.rendered(list(new))
-        refused = {id(p.question): t for p, t in zip(new, texts) if isinstance(t, InputError)}
+        refused = {told(p): t for p, t in zip(new, texts) if isinstance(t, InputError)}
         if refused and len(refused) == len(texts):
             raise texts[0]
-        new = [problem for problem in new if id(problem.question) not in refused]
+        new = [problem for problem in new if told(problem) not in refused]
         texts = [text for text in texts if isinstance(text, str)]
         for problem, text, prompt in zip(new, texts, tokenizer.encode_texts(texts)):
             refuse_without_question(text, problem, tokenizer)
-            prompts[id(problem.question)] = prompt, opened_by(problem.question, text)
+            prompts[told(problem)] = prompt, opened_by(problem.question, text)
         for problem in part:
-            if id(problem.question) in refused:
-                notes.add("left_out", problem.source, str(refused[id(problem.question)]))
+            if told(problem) in refused:
+                notes.add("left_out", problem.source, str(refused[told(problem)]))
                 continue
-            prompt, opened = prompts[id(problem.question)]
+            prompt, opened = prompts[told(problem)]
             if not 1 <= len(prompt) <= limits.positions - limits.new_tokens:
                 too_long.append(
                     f"the prompt has {len(prompt)} tokens, and with {limits.new_tokens} new ones "

@@ -4,7 +4,9 @@
     python evaluate.py --model DIR --data FILE --samples 8 --keep-correct gold.jsonl
 
 The second writes the problems that were solved, each with its shortest right response as gold:
-a larger model's gold for a smaller one. train.py evaluates held-out problems with the same code.
+a larger model's gold for a smaller one. With --explain the model is told the answer, and what it
+makes of it is its own gold, for problems that it does not solve. train.py evaluates held-out
+problems with the same code.
 """
 from __future__ import annotations
 
@@ -30,6 +32,12 @@ from support.common import (
     InputError, exit_cleanly, flag, pick_device, pick_dtype, written_whole)
 from support.cpu import keep_freed_memory
 from support.options import load_reward
+
+
+# Of ExPO (arXiv 2507.02834): what a model says once it knows the answer lies nearer to what it says
+# anyway than another's solution, and a problem that it never solves has gold at last.
+EXPLAIN = ("The answer is {}. Explain step by step how to find it, as if you did not know it, and "
+           "end with it.")
 
 
 # ---- Completions and their metrics ---------------------------------------------------------------
@@ -233,6 +241,9 @@ def flags() -> argparse.ArgumentParser:
     add("--out", default=None, help="write every completion here, a JSON line each")
     add("--keep-correct", default=None,
         help="write the problems that were solved here, each with a correct response as its gold")
+    add("--explain", action="store_true",
+        help="tell the model each answer and ask for the way to it: with --keep-correct, gold for "
+             "data that has none")
     return parser
 
 
@@ -247,6 +258,9 @@ def check(args) -> None:
             raise InputError(f"{flag(name)} {value}: must be {what}, and finite")
     if not 0 < args.top_p <= 1:
         raise InputError(f"--top-p {args.top_p}: must be above 0 and at most 1")
+    if args.explain and not (args.keep_correct or args.out):
+        raise InputError("--explain: the model is told the answers, so this measures nothing; "
+                         "write what it says with --keep-correct or --out")
     taken = [os.path.realpath(args.data)]
     for path in (args.out, args.keep_correct):
         if not path:
@@ -276,6 +290,8 @@ def main():
         raise InputError(f"{args.data}: no problems left after --skip {args.skip}")
     for problem in problems:
         problem.gold = None    # evaluation needs no gold, so `prepare` need not check it
+        if args.explain:
+            problem.hint = EXPLAIN.format(problem.answer)
     tokenizer = load_tokenizer(
         args.model, args.answer_format, args.instruction, args.chat_template_args,
         args.stop_token)

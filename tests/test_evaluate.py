@@ -13,12 +13,14 @@ import tokenizers
 import torch
 
 import evaluate as evaluate_module
+import sampler
 from data import Limits, Problem, load_tokenizer, prepare, read_problems
 from evaluate import evaluate, majority_is_right, pass_at_k
 from gcpo import Group
 from grader import Reward, grade
 from helpers import LLAMA, STOPS, tiny_model, write_json
 from model import load_model, save_model
+from sampler import sample
 
 
 # ---- Metrics -------------------------------------------------------------------------------------
@@ -308,6 +310,32 @@ def test_the_program_samples_grades_and_keeps_gold(folder):
     tokenizer = load_tokenizer(str(folder / "model"))
     assert prepare(kept, tokenizer, Limits(12, 256)) == kept
     assert all(p.gold_ids is not None for p in kept)
+
+
+def test_explain_tells_the_answer_and_keeps_the_question(folder, run_here, monkeypatch):
+    """With --explain each prompt says the answer of its own problem, below the question, and what
+    is kept as gold goes with the question alone. (Bug: gold that is trained on with the answer in
+    its prompt.)"""
+    answers = [str(100 + i) for i in range(len(QUESTIONS))]
+    write_problems(folder / "data.jsonl", answers)
+    tokenizer = load_tokenizer(str(folder / "model"))
+    sampled = []
+
+    def sample_instead(model, prompts, G, T, **settings):
+        sampled.extend(tokenizer.backend.decode(p.tolist()) for p in prompts)
+        return sample(model, prompts, G, T, **settings)
+
+    monkeypatch.setattr(sampler, "sample", sample_instead)
+    reward = f"{folder / 'reward.py'}:something"
+    arguments = command(folder, reward=reward, samples=1, max_new_tokens=8)
+    code, printed = run_here([*arguments, "--explain"])
+    assert code == 0, printed.err
+    assert len(sampled) == len(QUESTIONS)
+    for text, question, answer in zip(sampled, QUESTIONS, answers):
+        assert tokenizer.decode(tokenizer.backend.encode(answer).ids) in text
+    kept = read_problems(str(folder / "gold.jsonl"))
+    assert kept and {p.question for p in kept} <= set(QUESTIONS)
+    assert run_here([*command(folder, out=None, keep_correct=None), "--explain"])[0] == 2
 
 
 def test_the_program_uses_the_users_reward(folder, run_here):
