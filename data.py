@@ -198,6 +198,10 @@ class Tokenizer:
     def stop_tokens(self) -> list[str]:
         return [self.backend.id_to_token(i) for i in self.stop_ids]
 
+    def pieces(self, ids) -> list[str]:
+        """Token ids (T,) as the text of each, special tokens too."""
+        return [self.backend.decode([i], skip_special_tokens=False) for i in ids.tolist()]
+
     def stop_id(self, token: str) -> int:
         found = self.backend.token_to_id(token)
         if found is None:

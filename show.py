@@ -2,31 +2,43 @@
 
     python show.py                               on the toy
     python show.py --model DIR --data FILE       on your model, with any of train.py's flags
+    python show.py … --html group.html           as a page besides, every token coloured
+    python show.py RUN --html run.html           the groups that a run has logged, step by step
 
 Samples one group, prints each row with its reward, advantage, ratio and log-probability, takes one
-step on it, and prints what that changed. Nothing is saved.
+step on it, and prints what that changed. Nothing else is saved.
 """
 from __future__ import annotations
 
 import json
 import os
+import sys
 import tempfile
 from dataclasses import replace
 
 import torch
 
-from gcpo import Group, importance_ratio
+from gcpo import Group, clip_range, importance_ratio
 from support import parallel
 from support.checkpoint import State
 from support.common import InputError, exit_cleanly
 from support.cpu import keep_freed_memory
 from support.options import parse_flags, place_run, set_up_process
+from support.page import arithmetic, page_of_run, page_row, write_page
 from train import Item, Run, collect, load_run, score, update
 
 
 def main():
     keep_freed_memory()
-    config, algorithm, _ = parse_flags()
+    argv = sys.argv[1:]
+    page = take_page(argv)
+    if argv and not argv[0].startswith("-"):
+        if page is None or len(argv) > 1:
+            raise InputError("show.py RUN --html FILE: of a run it makes a page, and takes no "
+                             "other flags")
+        print(f"{page_of_run(argv[0], page)} groups of {argv[0]} in {page}")
+        return
+    config, algorithm, _ = parse_flags(argv)
     if config.out or config.resume:
         raise InputError("show.py saves nothing; leave out --out and --resume")
     device = set_up_process(config)
@@ -35,11 +47,26 @@ def main():
     with tempfile.TemporaryDirectory() as folder:    # for the toy's files
         config = replace(config, out=os.path.join(folder, "run"), prompts=1, updates=1)
         run = load_run(place_run(config, algorithm), algorithm, device)
-    show(run)
+    show(run, page)
 
 
-def show(run: Run) -> None:
-    """Print one group, take one step on it, and print what that did."""
+def take_page(argv: list[str]) -> str | None:
+    """Takes --html FILE out of the words of a command line, and returns FILE."""
+    if "--html" not in argv:
+        return None
+    i = argv.index("--html")
+    if i + 1 == len(argv) or argv[i + 1].startswith("-"):
+        raise InputError("--html: name the file, as in --html group.html")
+    page = argv[i + 1]
+    del argv[i:i + 2]
+    if os.path.isdir(page) or not os.access(os.path.dirname(page) or ".", os.W_OK):
+        raise InputError(f"--html {page}: cannot be written; it must be a file, in a folder that "
+                         "exists and can be written to")
+    return page
+
+
+def show(run: Run, page: str | None = None) -> None:
+    """Print one group, take one step on it, and print what that did. page: a file to show it in."""
     run.problems = [p for p in run.problems if p.gold_ids is not None] or run.problems
     items = collect(run, 0, State())[1]
     if not items:
@@ -58,12 +85,42 @@ def show(run: Run) -> None:
     print(f"answer     {item.problem.answer}")
     print(f"prompt     {len(item.group.prompt)} tokens, not part of the loss")
     print_table(run, item, before, after)
-    if norm is None:
-        print("\nno contrast: every advantage is 0, so there is no step")
-    else:
-        print(f"\nloss {sums['loss']:.4f} ({why(run, item)}), gradient norm {norm:.3g}, "
-              f"learning rate {run.config.lr:g} (in training it is warmed up to)")
+    step = "no contrast: every advantage is 0, so there is no step"
+    if norm is not None:
+        step = (f"loss {sums['loss']:.4f} ({why(run, item)}), gradient norm {norm:.3g}, "
+                f"learning rate {run.config.lr:g} (in training it is warmed up to)")
+    print(f"\n{step}")
     print_responses(run, item.group)
+    if page:
+        write_page(page, f"One group, one step of {run.algorithm.name}",
+                   [page_group(run, item, before, after, step)])
+        print(f"\npage       {page}")
+
+
+def page_group(
+    run: Run, item: Item, before: torch.Tensor, after: torch.Tensor, step: str,
+) -> dict:
+    """What the page shows of a group."""
+    group, mask = item.group, item.group.mask
+    ratio = importance_ratio(after, before, mask, group.is_gold, run.algorithm)       # (G, T)
+    low, high = clip_range(group.is_gold, run.algorithm, after.dtype)                 # (G, 1)
+    advantage = item.advantages[:, None]                                              # (G, 1)
+    clipped = ((ratio < low) & (advantage < 0)) | ((ratio > high) & (advantage > 0))
+    rows = []
+    for i, n in enumerate(group.lengths.tolist()):
+        rows.append(page_row(
+            run.tokenizer.pieces(group.responses[i, :n]), before[i, :n].tolist(),
+            item.advantages[i].item(), group.rewards[i].item(), group.is_gold[i].item(),
+            group.finished[i].item(), after=after[i, :n].tolist(),
+            clipped=clipped[i, :n].tolist(), ratio=[1.0, ratio[i, :n].mean().item()]))
+    return {
+        "step": 1,
+        "facts": [("question", str(item.problem.question)), ("answer", item.problem.answer),
+                  ("the step", step)],
+        "arithmetic": arithmetic(group.rewards.tolist(), run.algorithm.scale) + " Underlined tokens "
+                      "are clipped after the step: another update on this batch would not push "
+                      "them on.",
+        "rows": rows}
 
 
 def print_table(run: Run, item: Item, before: torch.Tensor, after: torch.Tensor) -> None:
@@ -107,10 +164,8 @@ def print_responses(run: Run, group: Group) -> None:
     print("\nresponses, token by token; · is padding, which the mask leaves out (the end token "
           "counts)")
     for row, (ids, kept) in enumerate(zip(group.responses, group.mask)):
-        words = []
-        for token in ids[kept].tolist():
-            text = run.tokenizer.backend.decode([token], skip_special_tokens=False)
-            words.append(json.dumps(text, ensure_ascii=False)[1:-1])
+        words = [json.dumps(text, ensure_ascii=False)[1:-1]
+                 for text in run.tokenizer.pieces(ids[kept])]
         gold = " gold" if group.is_gold[row] else ""
         print(f"{row:4}{gold}  {'|'.join(words)}{'·' * int((~kept).sum())}")
 

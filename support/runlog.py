@@ -432,6 +432,9 @@ def sample_record(step: int, items: list, tokenizer) -> dict:
     for row, n in enumerate(lengths):
         rows.append({
             "text": tokenizer.decode(group.responses[row, :n]),
+            "tokens": tokenizer.pieces(group.responses[row, :n]),
+            "logprobs": [round(x, 3) if math.isfinite(x) else None
+                         for x in group.logprobs[row, :n].tolist()],
             "advantage": item.advantages[row].item(),
             "rewards": group.rewards[row].item(),
             "correct": group.correct[row].item(),

@@ -149,7 +149,7 @@ def try_bug(bug):
             ".git", "runs", "shared", "docs", "__pycache__", ".*"))
         put_in(bug, copy)
         done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-x", "--tb=short", TEST],
+            [sys.executable, "-m", "pytest", "-n", "0", "-x", "--tb=short", TEST],
             cwd=copy, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     lines = done.stdout.splitlines()
     assert done.returncode in (0, 1), done.stdout + done.stderr    # 1: a test has failed

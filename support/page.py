@@ -1,0 +1,125 @@
+"""A page that shows groups token by token, in one file without a network (show.py --html).
+
+What a model says is untrusted. It travels as JSON in which no tag can begin, the page's script
+makes text nodes of it and nothing else, and the page allows no other script than its own.
+"""
+from __future__ import annotations
+
+import base64
+import contextlib
+import hashlib
+import json
+import math
+import os
+
+from gcpo import ADVANTAGE_EPS
+from support.common import InputError, written_whole
+
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+CURVES = ("eval/mean", "reward/correct", "gold/share", "groups/mixed", "policy/entropy",
+          "length/mean", "update/grad_norm")
+MOST_GROUPS = 200    # of a run, at even distances: a page of some megabytes
+
+
+def write_page(path: str, title: str, groups: list[dict], curves: list[dict] = ()) -> None:
+    """groups: step, facts [(name, text)], arithmetic, rows (see page_row). curves: name, points."""
+    parts = {}
+    for name in ("page.html", "page.js"):
+        with open(os.path.join(HERE, name), encoding="utf-8") as f:
+            parts[name] = f.read()
+    script = parts["page.js"]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    data = {"title": title, "groups": groups, "curves": list(curves)}
+    content = json.dumps(known(data)).replace("<", "\\u003c")
+    page = parts["page.html"].replace("SCRIPT_HASH", digest)
+    before, between, after = page.replace(">SCRIPT<", ">\0<").replace(">DATA<", ">\0<").split("\0")
+    with written_whole(path) as f:
+        f.write(before + content + between + script + after)
+
+
+def known(x):
+    """The same without NaN and infinity, which JSON does not know, and with few digits."""
+    if isinstance(x, float):
+        return float(f"{x:.5g}") if math.isfinite(x) else None
+    if isinstance(x, dict):
+        return {key: known(value) for key, value in x.items()}
+    if isinstance(x, (list, tuple)):
+        return [known(value) for value in x]
+    return x
+
+
+def page_row(
+    tokens: list[str], before: list, advantage: float, reward: float, is_gold: bool,
+    finished: bool, **more,
+) -> dict:
+    """before: log-probability of each token. more: `after`, the same after a step; `clipped`, a
+    bool of each; `ratio`, the row's at one time or several."""
+    return {"tokens": tokens, "before": before, "advantage": advantage, "reward": reward,
+            "is_gold": is_gold, "finished": finished, **more}
+
+
+def arithmetic(rewards: list[float], scale: str) -> str:
+    """How rewards become advantages, in numbers; `scale` is the algorithm's."""
+    mean = sum(rewards) / len(rewards)
+    spread = math.sqrt(sum((r - mean)**2 for r in rewards) / max(1, len(rewards) - 1))
+    formula = {"std": f"(reward − {mean:.4g}) / ({spread:.4g} + {ADVANTAGE_EPS:g})",
+               "none": f"reward − {mean:.4g}",
+               "mean": f"(reward − {mean:.4g}) / {mean:.4g}"}[scale]
+    return (f"The rewards have a mean of {mean:.4g} and a standard deviation of {spread:.4g}. An "
+            f"advantage is {formula}, unless a switch of the algorithm says otherwise.")
+
+
+def page_of_run(folder: str, path: str) -> int:
+    """The groups that a run logged, and its curves. Returns how many groups the page has."""
+    groups = []
+    scale = "std"
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        with open(os.path.join(folder, "run.json"), encoding="utf-8") as f:
+            scale = json.load(f)["settings"]["algorithm"]["scale"]
+    for record in records_of(os.path.join(folder, "samples.jsonl")):
+        rows = []
+        for r in record.get("responses", ()):
+            tokens = r.get("tokens") or [r["text"]]    # an older run has the text alone
+            rows.append(page_row(
+                tokens, r.get("logprobs") or [None] * len(tokens), r["advantage"], r["rewards"],
+                r["is_gold"], r["finished"]))
+        if rows:
+            question = record["question"]
+            if not isinstance(question, str):
+                question = "\n".join(f"{m['role']}: {m['content']}" for m in question)
+            groups.append({
+                "step": record["step"],
+                "facts": [("question", question), ("answer", record["reference"])],
+                "arithmetic": arithmetic([r["reward"] for r in rows], scale),
+                "rows": rows})
+    if not groups:
+        raise InputError(f"{folder}: samples.jsonl has no group yet")
+    chosen = {round(i * (len(groups) - 1) / (MOST_GROUPS - 1)) for i in range(MOST_GROUPS)}
+    groups = [group for i, group in enumerate(groups) if len(groups) <= MOST_GROUPS or i in chosen]
+    metrics = list(records_of(os.path.join(folder, "metrics.jsonl")))
+    curves = []
+    for name in CURVES:
+        points = [(m["step"], m[name]) for m in metrics if m.get(name) is not None]
+        if len(points) > 1:
+            curves.append({"name": name, "points": points})
+    write_page(path, os.path.basename(os.path.abspath(folder)), groups, curves)
+    return len(groups)
+
+
+def records_of(path: str):
+    """The whole lines of a run's log."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            lines = f.readlines()
+    except OSError as e:
+        raise InputError(f"{path}: cannot be read ({e.strerror})") from None
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+            record["step"] + 0
+        except (ValueError, TypeError, KeyError):
+            if number == len(lines):    # a run that is being written
+                return
+            raise InputError(f"{path}, line {number}: is no record of a run") from None
+        yield record
