@@ -113,13 +113,13 @@ def page_group(
             item.advantages[i].item(), group.rewards[i].item(), group.is_gold[i].item(),
             group.finished[i].item(), after=after[i, :n].tolist(),
             clipped=clipped[i, :n].tolist(), ratio=[1.0, ratio[i, :n].mean().item()]))
+    words = (" Underlined tokens are clipped after the step: another update on this batch would "
+             "not push them on.")
     return {
         "step": 1,
         "facts": [("question", str(item.problem.question)), ("answer", item.problem.answer),
                   ("the step", step)],
-        "arithmetic": arithmetic(group.rewards.tolist(), run.algorithm.scale) + " Underlined tokens "
-                      "are clipped after the step: another update on this batch would not push "
-                      "them on.",
+        "arithmetic": arithmetic(group.rewards.tolist(), run.algorithm.scale) + words,
         "rows": rows}
 
 
