@@ -53,7 +53,8 @@ class ModelConfig:
     mlp_bias: bool
     qk_norm: bool                # qwen3: RMSNorm on each head's query and key
     rope_theta: float
-    rope_scaling: tuple | None   # ("linear", factor), or ("llama3", factor, low, high, original)
+    rope_scaling: tuple | None   # its kind, "linear", "llama3" or "yarn", and the kind's numbers
+    rope_length: float           # of the vectors that turn; 1 but for yarn
     raw: dict = field(default=None, repr=False, compare=False)  # the file, to be written back
 
 
@@ -62,16 +63,26 @@ def rope_frequencies(config: ModelConfig, device: torch.device) -> Tensor:
     """Radians per position, (d/2,) fp32 (RoFormer, arXiv 2104.09864), scaled by `rope_scaling`."""
     d = config.head_dim
     freq = 1.0 / config.rope_theta ** (torch.arange(0, d, 2, dtype=torch.int64).float() / d)
-    if config.rope_scaling and config.rope_scaling[0] == "linear":
-        freq = freq / config.rope_scaling[1]
-    elif config.rope_scaling:
+    kind, *numbers = config.rope_scaling or ("default",)
+    if kind == "linear":
+        freq = freq / numbers[0]
+    elif kind == "llama3":
         # Llama 3.1 reads a longer text by slowing the waves that closed few turns (below `low`) in
         # the text it was trained on. Those that closed many (above `high`) stay as they are, and
         # those between are mixed.
-        _, factor, low, high, original = config.rope_scaling
+        factor, low, high, original = numbers
         turns = original * freq / (2 * math.pi)
         keep = ((turns - low) / (high - low)).clamp(0, 1)   # 0: slow wave, 1: fast wave
         freq = keep * freq + (1 - keep) * freq / factor
+    elif kind == "yarn":
+        # YaRN (arXiv 2309.00071) does the same, but mixes by a wave's place among the d/2, between
+        # those of the waves that closed `fast` and `slow` turns.
+        factor, fast, slow, original = numbers
+        place = lambda turns: (
+            d * math.log(original / (2 * math.pi * turns)) / (2 * math.log(config.rope_theta)))
+        first, last = max(math.floor(place(fast)), 0), min(math.ceil(place(slow)), d - 1)
+        slowed = ((torch.arange(d // 2) - first) / max(last - first, 1e-3)).clamp(0, 1)
+        freq = (1 - slowed) * freq + slowed * freq / factor
     return freq.to(device)
 
 
@@ -189,7 +200,7 @@ class Transformer(nn.Module):
         x = self.embed_tokens(tokens)                                          # (N, T, D)
         frequencies = rope_frequencies(self.config, tokens.device)             # (d/2,)
         angles = positions[:, None, :, None] * frequencies                     # (N, 1, T, d/2)
-        cos, sin = angles.cos(), angles.sin()
+        cos, sin = (self.config.rope_length * wave for wave in (angles.cos(), angles.sin()))
         cos = torch.cat([cos, cos], dim=-1).to(x.dtype)                        # (N, 1, T, d)
         sin = torch.cat([-sin, sin], dim=-1).to(x.dtype)                       # (N, 1, T, d)
         for block in self.layers:

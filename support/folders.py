@@ -5,6 +5,7 @@ Whatever model.py would compute wrongly is refused here by name, before any weig
 """
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -122,6 +123,7 @@ def read_settings(folder: str) -> dict:
         qk_norm=family == "qwen3",
         rope_theta=file.number("rope_theta", 10000.0, rope),
         rope_scaling=rope_scaling(file, rope),
+        rope_length=rope_length(file, rope),
         raw=raw)
     if heads % settings["num_key_value_heads"]:
         shared = settings["num_key_value_heads"]
@@ -169,13 +171,40 @@ def rope_scaling(file: ConfigFile, rope: dict) -> tuple | None:
         return None
     if kind == "linear":
         return ("linear", file.number("factor", where=rope))
+    if kind == "yarn":
+        return ("yarn", *yarn_numbers(file, rope))
     if kind != "llama3":
-        file.refuse(f"rope type {kind!r} is not supported (supported: default, linear, llama3)")
+        file.refuse(f"rope type {kind!r} is not supported (supported: default, linear, llama3, "
+                    "yarn)")
     names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
     factor, low, high, original = (file.number(name, where=rope) for name in names)
     if low >= high:
         file.refuse("low_freq_factor must be below high_freq_factor")
     return ("llama3", factor, low, high, original)
+
+
+def yarn_numbers(file: ConfigFile, rope: dict) -> list[float]:
+    """factor, and how many turns a wave must have closed to be kept, and to be mixed, in the text
+    of training, whose length is the last."""
+    for name in ("mscale", "mscale_all_dim", "truncate"):
+        if name in rope:
+            file.refuse(f"{name} is not supported with yarn")
+    if "original_max_position_embeddings" not in rope:
+        file.refuse("yarn lacks original_max_position_embeddings")
+    if file.number("rope_theta", where=rope) <= 1:
+        file.refuse("rope_theta must be above 1 with yarn")
+    names = ("factor", "beta_fast", "beta_slow", "original_max_position_embeddings")
+    defaults = {"beta_fast": 32.0, "beta_slow": 1.0}
+    return [file.number(name, defaults.get(name), rope) for name in names]
+
+
+def rope_length(file: ConfigFile, rope: dict) -> float:
+    """model.ModelConfig.rope_length: yarn's attention_factor."""
+    if rope.get("rope_type", rope.get("type")) != "yarn":
+        return 1.0
+    factor = file.number("factor", where=rope)
+    default = 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
+    return file.number("attention_factor", default, rope)
 
 
 # ---- Weights -------------------------------------------------------------------------------------

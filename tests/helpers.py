@@ -63,6 +63,21 @@ ROPE = {
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 100,
     },
+    "yarn": {
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "factor": 4.0,
+        "original_max_position_embeddings": 128,
+    },
+    "yarn-given": {
+        "rope_type": "yarn",
+        "rope_theta": 500.0,
+        "factor": 8.0,
+        "attention_factor": 0.8,
+        "beta_fast": 4.0,
+        "beta_slow": 0.5,
+        "original_max_position_embeddings": 64,
+    },
 }
 
 

@@ -287,6 +287,12 @@ CASES = {
     # --- rotary position embedding
     "yarn": (config(rope_scaling={"type": "yarn", "factor": 4.0}), ["config.json", "yarn"]),
     "yarn-new-dialect": (rope(rope_type="yarn", factor=4.0), ["config.json", "yarn"]),
+    "yarn-theta-1": (
+        rope(rope_type="yarn", factor=4.0, rope_theta=1.0, original_max_position_embeddings=64),
+        ["config.json", "rope_theta"]),
+    "yarn-mscale": (
+        rope(rope_type="yarn", factor=4.0, mscale=1.0, original_max_position_embeddings=64),
+        ["config.json", "mscale"]),
     "dynamic": (
         config(rope_scaling={"rope_type": "dynamic", "factor": 2.0}),
         ["config.json", "dynamic"],

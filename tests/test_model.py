@@ -87,6 +87,7 @@ QWEN2_CASES = {    # biases on q, k and v, none on o
         tie_word_embeddings=True,
     ),
     "qwen2-llama3": dict(rope="llama3", hidden_size=32),
+    "qwen2-yarn": dict(rope="yarn", hidden_size=64),
 }
 QWEN3_CASES = {    # norms on q and k
     "qwen3": dict(head_dim=8),
@@ -98,6 +99,8 @@ QWEN3_CASES = {    # norms on q and k
         tie_word_embeddings=True,
         shard="8KB",
     ),
+    "qwen3-yarn": dict(rope="yarn", head_dim=16),
+    "qwen3-yarn-given": dict(rope="yarn-given", dialect="rope_parameters", head_dim=16),
     "qwen3-llama3": dict(
         rope="llama3",
         dialect="rope_parameters",
