@@ -56,8 +56,7 @@ def needs(shape: ModelConfig, config, place: Place) -> Need:
         masters = (4 + 2 + 8) * n / place.processes
         gradients = 4 * n / place.processes
     is_copy = place.dtype != torch.float32 or config.shard or config.lora_rank > 0
-    # While a CPU samples, it holds the weights once more, laid out for its products; the room
-    # stays its own.
+    # While a CPU samples, it holds the weights once more, laid out for its products.
     packed = 0 if on_gpu else size * n
     V, D = shape.vocab_size, shape.hidden_size
 
@@ -79,17 +78,18 @@ def needs(shape: ModelConfig, config, place: Place) -> Need:
     if config.gradient_checkpointing:
         blocks = block + shape.num_hidden_layers * tokens * D * size
     logits = (4 + 4 + size) * min(LOGITS_AT_ONCE[place.device], tokens * V)
-    of_output = (4 + 2 * size) * V * D    # the last layer's gradient, and parts of it
+    # The last layer's gradient, and on a GPU, where it comes chunk by chunk, a part of it besides
+    of_output = (4 + 2 * size * on_gpu) * V * D
     if config.lora_rank:
         of_output = 0
     # What was freed does not always fit what comes next.
-    kept = 1.1 if on_gpu else 1.5
+    kept = 1.1 if on_gpu else 1.8
     return Need(
         masters=masters,
         gradients=gradients,
         copies=size * n * (is_copy + place.has_reference),
         rollouts=rollouts + packed,
-        update=kept * blocks + logits + of_output + packed,
+        update=kept * blocks + logits + of_output,
         program=0 if on_gpu else 0.4 * 2**30)
 
 
