@@ -6,44 +6,12 @@ import sys
 
 import torch
 
+from support.caches import CACHE_COLUMNS, round_up
 from support.gpu import has_flash
 
 
 CPU_CACHE_BYTES = 4 * 2**30  # a fixed budget: the same command always makes the same batches
-CACHE_COLUMNS = 32  # the sampler's caches are as wide as a multiple of it
 MOST_ROWS = 256  # in flight; more make a step no faster
-
-
-def round_up(n: int, unit: int) -> int:
-    return -(-n // unit) * unit
-
-
-class Cache:
-    """Keys and values of every layer, for some rows; as wide as what is in flight, rounded up.
-
-    k: (rows, K, d, width) of each layer; v: (rows, K, width, d) of each layer."""
-    def __init__(self, model, rows: int):
-        c = model.config
-        heads, d = c.num_key_value_heads, c.head_dim
-        self.width = 0
-        like = dict(dtype=model.dtype, device=model.device)
-        self.k = [torch.empty(rows, heads, d, 0, **like) for _ in range(c.num_hidden_layers)]
-        self.v = [torch.empty(rows, heads, 0, d, **like) for _ in range(c.num_hidden_layers)]
-
-    def resize(self, length: int) -> None:
-        """Make room for `length` columns; give room back once half of it would do."""
-        width = round_up(length, CACHE_COLUMNS)
-        if self.width // 2 < width <= self.width:
-            return
-        kept = min(width, self.width)
-        self.width = width
-        for tensors, dim in ((self.k, 3), (self.v, 2)):
-            for layer, old in enumerate(tensors):
-                shape = list(old.shape)
-                shape[dim] = width
-                # Zeros, because what lies beyond a row's length is read, with weight 0: 0 · NaN.
-                tensors[layer] = old.new_zeros(shape)
-                tensors[layer].narrow(dim, 0, kept).copy_(old.narrow(dim, 0, kept))
 
 
 def cache_bytes_per_token(model) -> int:

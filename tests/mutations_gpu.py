@@ -53,7 +53,7 @@ BUGS = [
     Bug("stop tokens left on the CPU", "sampler.py",
         "torch.tensor(sorted(sampling.stop_ids), dtype=torch.int64, device=device)",
         "torch.tensor(sorted(sampling.stop_ids), dtype=torch.int64)"),
-    Bug("a mask made on the CPU in a step", "sampler.py",
+    Bug("a mask made on the CPU in a step", "support/caches.py",
         "mask = torch.zeros(absent.shape, device=device)", "mask = torch.zeros(absent.shape)"),
 
     # What is recorded and replayed
@@ -91,7 +91,7 @@ BUGS = [
     # Rows that fill up the batch
     Bug("rows not alive run past the cache", "sampler.py",
         "self.length[len(self.rows):] = 1", "pass"),
-    Bug("seats of rows not alive beyond the last", "sampler.py",
+    Bug("seats of rows not alive beyond the last", "support/caches.py",
         "seat = (cell // G).clamp(max=B - 1)", "seat = cell // G"),
     Bug("cells of rows that left are kept", "sampler.py",
         "self.cell[N:] = self.size.seats * self.size.group", "pass"),

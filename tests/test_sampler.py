@@ -26,7 +26,7 @@ from helpers import LLAMA, STOPS, pretend_flash, tiny_model
 from logprobs import token_logprobs
 from model import Transformer, load_model, save_model
 from sampler import choose_token, inverse_cdf, prompt_generator, sample
-from support import memory
+from support import caches
 
 
 QWEN3 = {**LLAMA, "model_type": "qwen3", "head_dim": 16, "tie_word_embeddings": True}
@@ -72,7 +72,7 @@ def check(request, monkeypatch):
     its own, with its prompt in it."""
     if request.param == "asked after every token":
         return
-    monkeypatch.setattr(memory, "CACHE_COLUMNS", 7)
+    monkeypatch.setattr(caches, "CACHE_COLUMNS", 7)
     if request.param == "FlashAttention":
         pretend_flash(monkeypatch)
     start = sampler.Batch.__init__
