@@ -26,14 +26,14 @@ def has_flash(model) -> bool:
     return torch.cuda.get_device_capability(model.device)[0] >= 8 and d % 8 == 0 and d <= 128
 
 
-class Rows(NamedTuple):
+class Spans(NamedTuple):
     """Where rows laid end to end begin and end."""
     starts: Tensor    # (N + 1,) int32: row i is starts[i] … starts[i + 1] − 1
     longest: int      # tokens of the longest row, or more
 
 
 def flash(
-    q: Tensor, k: Tensor, v: Tensor, queries: Rows, keys: Rows, used: Tensor | None = None,
+    q: Tensor, k: Tensor, v: Tensor, queries: Spans, keys: Spans, used: Tensor | None = None,
 ) -> Tensor:
     """softmax(q kᵀ / √d) v, causal within each row: q (M, H, d), k and v (L, K, d) -> (M, H, d).
 
@@ -45,9 +45,9 @@ def flash(
         0.0, True, False, seqused_k=used)[0]    # no dropout, causal, no debug mask
 
 
-def laid_end_to_end(lengths: Tensor) -> Rows:
+def laid_end_to_end(lengths: Tensor) -> Spans:
     """lengths (N,) int64"""
-    return Rows(F.pad(lengths.cumsum(0), (1, 0)).int(), max(lengths.tolist(), default=0))
+    return Spans(F.pad(lengths.cumsum(0), (1, 0)).int(), max(lengths.tolist(), default=0))
 
 
 class FlashAttention:
@@ -130,7 +130,7 @@ class RowCaches:
         place = step.prompt_length + step.at                                    # (N,)
         used = (place + 1).int()
         each = torch.arange(N + 1, device=used.device, dtype=torch.int32)
-        queries, keys = Rows(each, 1), Rows(each * self.width, self.width)
+        queries, keys = Spans(each, 1), Spans(each * self.width, self.width)
 
         def attend(layer, q, k, v):                                  # (N, heads, 1, d) each
             self.k[layer][step.row, place] = k[:, :, 0]

@@ -73,7 +73,7 @@ BUGS = [
         "used = (place + 1).int()", "used = place.int()"),
     Bug("a row's end in int64", "support/gpu.py", "used = (place + 1).int()", "used = place + 1"),
     Bug("where rows begin, in int64", "support/gpu.py",
-        "Rows(F.pad(lengths.cumsum(0), (1, 0)).int(),", "Rows(F.pad(lengths.cumsum(0), (1, 0)),"),
+        "Spans(F.pad(lengths.cumsum(0), (1, 0)).int(),", "Spans(F.pad(lengths.cumsum(0), (1, 0)),"),
     Bug("caches that stay where their rows were", "support/gpu.py",
         "cache[to] = cache[source]", "pass"),
     Bug("prompts laid out place by place, not seat by seat", "support/gpu.py",

@@ -13,7 +13,7 @@ from helpers import flash_by_loop
 from logprobs import token_logprobs
 from model import Transformer, load_model, read_config, save_model
 from sampler import sample
-from support.gpu import Rows, StepRecorder, flash, has_flash, laid_end_to_end
+from support.gpu import Spans, StepRecorder, flash, has_flash, laid_end_to_end
 from support.options import Config
 from support.policy import make_policy
 from train import Item, Run, update
@@ -102,7 +102,7 @@ def test_flash_computes_what_the_loop_computes(heads, d):
             if device == "cpu":
                 f, dtype = flash_by_loop, torch.float32
             q, k, v = (x.to(device, dtype).requires_grad_() for x in drawn)
-            rows = [Rows(r.starts.to(device), r.longest) for r in (queries, keys)]
+            rows = [Spans(r.starts.to(device), r.longest) for r in (queries, keys)]
             out = f(q, k, v, *rows, used if used is None else used.to(device))
             grads = torch.autograd.grad(out.square().sum(), (q, k, v)) if used is None else ()
             results.append([x.detach().float().cpu() for x in (out, *grads)])
@@ -111,8 +111,8 @@ def test_flash_computes_what_the_loop_computes(heads, d):
     for exact, ours in zip(*both_ways(151, 261, 261)):
         assert (ours - exact).norm() < 0.02 * exact.norm()
     # One token of each row, as the sampler asks
-    queries = Rows(torch.arange(5).int(), 1)
-    keys = Rows((torch.arange(5) * 60).int(), 60)
+    queries = Spans(torch.arange(5).int(), 1)
+    keys = Spans((torch.arange(5) * 60).int(), 60)
     [exact], [ours] = both_ways(4, 240, 240, used=torch.tensor([1, 60, 33, 7]).int())
     assert (ours - exact).norm() < 0.02 * exact.norm()
 
