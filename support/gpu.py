@@ -125,7 +125,7 @@ class RowCaches:
             cache[rows, :P] = x.transpose(1, 2).repeat_interleave(self.G, dim=0)
 
     def attention(self, step):
-        """attend(layer, q, k, v) for one token of each row; `step` is a sampler.Step."""
+        """attend(layer, q, k, v) for one token of each row; `step` is a caches.Step."""
         N = len(step.row)
         place = step.prompt_length + step.at                                    # (N,)
         used = (place + 1).int()
