@@ -106,20 +106,26 @@ def page_group(
     low, high = clip_range(group.is_gold, run.algorithm, after.dtype)                 # (G, 1)
     advantage = item.advantages[:, None]                                              # (G, 1)
     clipped = ((ratio < low) & (advantage < 0)) | ((ratio > high) & (advantage > 0))
+    at_start = importance_ratio(before, before, mask, group.is_gold, run.algorithm)   # (G, T)
+    has_clip = run.algorithm.objective == "clipped" and run.algorithm.train_on == "rollouts"
     rows = []
     for i, n in enumerate(group.lengths.tolist()):
         rows.append(page_row(
             run.tokenizer.pieces(group.responses[i, :n]), before[i, :n].tolist(),
             item.advantages[i].item(), group.rewards[i].item(), group.is_gold[i].item(),
             group.finished[i].item(), after=after[i, :n].tolist(),
-            clipped=clipped[i, :n].tolist(), ratio=[1.0, ratio[i, :n].mean().item()]))
-    words = (" Underlined tokens are clipped after the step: another update on this batch would "
-             "not push them on.")
+            clipped=clipped[i, :n].tolist() if has_clip else None,
+            ratio=[at_start[i, :n].mean().item(), ratio[i, :n].mean().item()]))
+    words = ""
+    if has_clip:
+        words = (" Underlined tokens are clipped after the step: another update on this batch would "
+                 "not push them on.")
     return {
         "step": 1,
         "facts": [("question", str(item.problem.question)), ("answer", item.problem.answer),
                   ("the step", step)],
-        "arithmetic": arithmetic(group.rewards.tolist(), run.algorithm.scale) + words,
+        "arithmetic": arithmetic(
+            group.rewards.tolist(), item.advantages.tolist(), run.algorithm.scale) + words,
         "rows": rows}
 
 

@@ -151,7 +151,11 @@ def warn_if_too_large(config, algorithm, shape: ModelConfig, prompts, device, dt
     free = free_bytes(device) / 2**30
     if gib() <= free or parallel.rank() > 0:
         return
-    ways = [changes for changes in SMALLER if gib(**changes) < gib()]
+    refused = {"lora_rank"} if config.shard else set()
+    if algorithm.objective == "pairs":    # a pass is a group there
+        refused.add("rows_per_pass")
+    ways = [changes for changes in SMALLER
+            if not refused & set(changes) and gib(**changes) < gib()]
     if parallel.world() > 1 and not config.shard and not config.lora_rank:
         ways = [dict(changes, shard=True) for changes in ({}, *SMALLER[:2])] + ways
     fitting = next((changes for changes in ways if gib(**changes) <= free), None)

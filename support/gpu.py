@@ -157,7 +157,8 @@ RECORDED_ROWS = 64  # a recording's rows are a multiple of it; those not alive c
 
 
 class StepRecorder:
-    """Runs a decoding step, and from the third time on replays it as a CUDA graph.
+    """Runs a decoding step once as it stands; records it as a CUDA graph the second time, and
+    replays it from then on.
 
     On a GPU the launches of a step cost more than its work: a step of Qwen2.5-1.5B takes 8 ms
     replayed, and 17 as it stands; recording one takes 20. A replay launches everything at once,

@@ -12,7 +12,9 @@ import json
 import math
 import os
 
-from gcpo import ADVANTAGE_EPS
+import torch
+
+from gcpo import ADVANTAGE_EPS, group_advantages
 from support.common import InputError, written_whole
 
 
@@ -59,15 +61,23 @@ def page_row(
             "is_gold": is_gold, "finished": finished, **more}
 
 
-def arithmetic(rewards: list[float], scale: str) -> str:
-    """How rewards become advantages, in numbers; `scale` is the algorithm's."""
+def arithmetic(rewards: list[float], advantages: list[float], scale: str) -> str:
+    """How rewards became advantages, in numbers, if they follow from the rewards alone; `scale` is
+    the algorithm's."""
+    if max(rewards) == min(rewards) and not any(advantages):
+        return "All rewards are equal, so every advantage is 0."
     mean = sum(rewards) / len(rewards)
-    spread = math.sqrt(sum((r - mean)**2 for r in rewards) / max(1, len(rewards) - 1))
+    plain = group_advantages(torch.tensor(rewards), scale).tolist() if min(rewards) >= 0 else []
+    if len(plain) != len(advantages) or any(
+            abs(a - b) > 1e-3 for a, b in zip(plain, advantages)):
+        return ("These advantages do not follow from the rewards alone: a switch of the algorithm "
+                "changes them.")
+    spread = torch.tensor(rewards).std().item()
     formula = {"std": f"(reward − {mean:.4g}) / ({spread:.4g} + {ADVANTAGE_EPS:g})",
                "none": f"reward − {mean:.4g}",
                "mean": f"(reward − {mean:.4g}) / {mean:.4g}"}[scale]
-    return (f"The rewards have a mean of {mean:.4g} and a standard deviation of {spread:.4g}. An "
-            f"advantage is {formula}, unless a switch of the algorithm says otherwise.")
+    return (f"The rewards have a mean of {mean:.4g} and a standard deviation of {spread:.4g}: an "
+            f"advantage is {formula}.")
 
 
 def page_of_run(folder: str, path: str) -> int:
@@ -91,7 +101,8 @@ def page_of_run(folder: str, path: str) -> int:
             groups.append({
                 "step": record["step"],
                 "facts": [("question", question), ("answer", record["reference"])],
-                "arithmetic": arithmetic([r["reward"] for r in rows], scale),
+                "arithmetic": arithmetic(
+                    [r["reward"] for r in rows], [r["advantage"] for r in rows], scale),
                 "rows": rows})
     if not groups:
         raise InputError(f"{folder}: samples.jsonl has no group yet")

@@ -15,8 +15,9 @@ from support.lora import LowRankMaster
 def load_master_and_policy(
     config, device: torch.device, dtype: torch.dtype,
 ) -> tuple[Transformer | LowRankMaster, Transformer]:
-    """Of an options.Config's --model: the fp32 weights, or low-rank ones beside a policy whose own
-    weights stay; and the policy."""
+    """Master and policy of an options.Config's --model. Full training: the fp32 weights, and
+    `make_policy` of them. With --lora-rank: A and B, and a policy that is filled anew with
+    W0 + (α / r) · B A after each step."""
     if config.lora_rank:
         policy = load_model(config.model, device, dtype)
         return LowRankMaster(policy, config.lora_rank, config.lora_alpha, config.seed), policy
