@@ -118,8 +118,8 @@ def page_group(
             ratio=[at_start[i, :n].mean().item(), ratio[i, :n].mean().item()]))
     words = ""
     if has_clip:
-        words = (" Underlined tokens are clipped after the step: another update on this batch would "
-                 "not push them on.")
+        words = (" Underlined tokens are clipped after the step: another update on this batch "
+                 "would not push them on.")
     return {
         "step": 1,
         "facts": [("question", str(item.problem.question)), ("answer", item.problem.answer),

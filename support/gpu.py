@@ -1,5 +1,5 @@
-"""What makes a GPU fast, and nothing else does: FlashAttention on rows laid end to end, recorded
-steps.
+"""Code that only a GPU needs: FlashAttention on rows laid end to end, and decoding steps recorded
+as CUDA graphs.
 
 The figures are docs/speed.md's, measured on an H100 (`docs/run_gpu.sh`). Letters: N rows, M tokens
 of all of them, B prompts, P prompt length, T response length, H query heads, K key/value heads, d
@@ -18,7 +18,8 @@ from torch import Tensor
 
 def has_flash(model) -> bool:
     """Whether this model's attention can go through FlashAttention: bf16 on an NVIDIA GPU of 2020
-    (Ampere) or later. Elsewhere, and in fp32, it goes the same way as on a CPU."""
+    (Ampere) or later, and heads of at most 128 that are a multiple of 8. Elsewhere, and in fp32, it
+    goes the same way as on a CPU."""
     dtype = model.compute_dtype or model.dtype
     if model.device.type != "cuda" or dtype != torch.bfloat16 or torch.version.hip:
         return False

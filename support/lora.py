@@ -8,8 +8,9 @@ dW becomes that of A and B, matrix by matrix, as backward completes it, and is d
 
     dB = (α / r) · dW Aᵀ          dA = (α / r) · Bᵀ dW
 
-So there are 4 bytes a parameter in bf16, W0 and W, where full training holds 20. Embeddings, norms
-and biases stay as they are.
+So there are 4 bytes a parameter in bf16, W0 and W, where full training holds 20. Embeddings, the
+output matrix, norms and biases stay as they are. In bf16 W is rounded: a change below its last bit
+is not seen until it has grown (`update/bf16_changed`).
 """
 from __future__ import annotations
 
@@ -62,7 +63,7 @@ class LowRankMaster(nn.Module):
         for name, module in policy.layers.named_modules():
             if isinstance(module, nn.Linear):
                 matrix = LowRankMatrix(module.weight, rank, alpha, generator)
-                self.matrices[name.replace(".", "/")] = matrix
+                self.matrices[name.replace(".", "/")] = matrix    # a ModuleDict allows no dots
                 self.weights.append(module.weight.requires_grad_(True))
                 module.weight.register_post_accumulate_grad_hook(matrix.take_gradient)
 

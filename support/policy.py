@@ -58,8 +58,8 @@ def move_gradient_to(master_p: torch.nn.Parameter):
 def refresh_policy(policy: Transformer, master: Transformer | LowRankMaster) -> None:
     """The master's weights, rounded to the policy's dtype."""
     if isinstance(master, LowRankMaster):
-        master.refresh()
-    if policy is master or isinstance(master, LowRankMaster):
+        return master.refresh()
+    if policy is master:
         return
     for p, master_p in zip(policy.parameters(), master.parameters()):
         p.copy_(parallel.gather_shards(master_p.to(p.dtype)))
