@@ -452,9 +452,7 @@ def interpolated(values: dict[int, float], x: int) -> float:
 
 def bare_products(model: Transformer, rows: int, repeats: int = 5) -> float:
     """Seconds of one decoding step's matrix products alone, with PyTorch's plain F.linear."""
-    matrices = [p for name, p in model.named_parameters()
-                if p.dim() == 2 and "embed_tokens" not in name]
-    matrices.append(model.output_weight)
+    matrices = matrices_of(model)
     inputs = {}
     for m in matrices:
         width = m.shape[1]
@@ -465,6 +463,12 @@ def bare_products(model: Transformer, rows: int, repeats: int = 5) -> float:
 
     run = recorded(products, model.device)
     return min(timed(run, model.device)[1] for _ in range(repeats))
+
+
+def matrices_of(model: Transformer) -> list[torch.Tensor]:
+    """Every matrix (out, in) that tokens are multiplied with."""
+    inside = [p for p in model.layers.parameters() if p.dim() == 2]
+    return [*inside, model.output_weight]
 
 
 def recorded(f, device: torch.device):
@@ -593,8 +597,7 @@ def products_of_a_pass(model: Transformer, batch: list[train.Item], repeats: int
     tokens = sum(len(i.group.prompt) + int(i.group.lengths.sum()) for i in batch)
     predicted = sum(int(i.group.lengths.sum()) for i in batch)
     total = 0.0
-    for matrix, count in Counter(shapes_of_products(model)).items():
-        out, width = matrix
+    for (out, width), count in Counter(tuple(m.shape) for m in matrices_of(model)).items():
         last = out == model.config.vocab_size
         rows = min(4096, predicted) if last else tokens
         x = torch.randn(rows, width, dtype=model.dtype, device=model.device)
@@ -610,13 +613,6 @@ def products_of_a_pass(model: Transformer, batch: list[train.Item], repeats: int
         seconds = min(timed(products, model.device)[1] for _ in range(repeats))
         total += count * seconds * (predicted / rows if last else 1)
     return total
-
-
-def shapes_of_products(model: Transformer) -> list[tuple[int, int]]:
-    """(out, in) of every matrix that tokens are multiplied with."""
-    shapes = [tuple(p.shape) for name, p in model.named_parameters()
-              if p.dim() == 2 and "embed_tokens" not in name and "lm_head" not in name]
-    return [*shapes, tuple(model.output_weight.shape)]
 
 
 class PeerUpdate:

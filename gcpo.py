@@ -360,6 +360,11 @@ def importance_ratio(
     return ratio
 
 
+def is_clipped(ratio: Tensor, low: Tensor, high: Tensor, advantage: Tensor) -> Tensor:
+    """Where a ratio has left its range in the direction in which it is pushed."""
+    return ((ratio < low) & (advantage < 0)) | ((ratio > high) & (advantage > 0))
+
+
 def clip_range(
     is_gold: Tensor, algorithm: Algorithm, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
@@ -431,7 +436,7 @@ def policy_loss(
         surrogate = bound * advantage * logprobs
     else:
         # The least of ratio · A and clip(ratio) · A. Where it is the second, there is no gradient.
-        clipped = ((ratio < low) & (advantage < 0)) | ((ratio > high) & (advantage > 0))
+        clipped = is_clipped(ratio, low, high, advantage)                            # (N, T)
         surrogate = torch.where(clipped, bound, ratio) * advantage
     token_loss = -surrogate                                                          # (N, T)
     if algorithm.kl_coef > 0:

@@ -18,7 +18,7 @@ from dataclasses import replace
 
 import torch
 
-from gcpo import Group, clip_range, importance_ratio
+from gcpo import Group, clip_range, importance_ratio, is_clipped
 from support import parallel
 from support.checkpoint import State
 from support.common import InputError, exit_cleanly
@@ -104,8 +104,7 @@ def page_group(
     group, mask = item.group, item.group.mask
     ratio = importance_ratio(after, before, mask, group.is_gold, run.algorithm)       # (G, T)
     low, high = clip_range(group.is_gold, run.algorithm, after.dtype)                 # (G, 1)
-    advantage = item.advantages[:, None]                                              # (G, 1)
-    clipped = ((ratio < low) & (advantage < 0)) | ((ratio > high) & (advantage > 0))
+    clipped = is_clipped(ratio, low, high, item.advantages[:, None])                  # (G, T)
     at_start = importance_ratio(before, before, mask, group.is_gold, run.algorithm)   # (G, T)
     has_clip = run.algorithm.objective == "clipped" and run.algorithm.train_on == "rollouts"
     rows = []

@@ -1,6 +1,7 @@
 """How much memory a run will need, before it starts, and which flags would make it fit."""
 from __future__ import annotations
 
+import functools
 import math
 import sys
 from dataclasses import replace
@@ -106,6 +107,7 @@ def estimate(config, algorithm, shape: ModelConfig, prompts, device, dtype) -> N
         has_reference=algorithm.needs_reference))
 
 
+@functools.lru_cache(maxsize=8)
 def count_parameters(shape: ModelConfig) -> tuple[int, int]:
     """All of a model, and those that low ranks of 1 have beside it."""
     with torch.device("meta"):
@@ -148,19 +150,19 @@ def warn_if_too_large(config, algorithm, shape: ModelConfig, prompts, device, dt
         changed = replace(config, **changes)
         return estimate(changed, algorithm, shape, prompts, device, dtype).total / 2**30
 
-    free = free_bytes(device) / 2**30
-    if gib() <= free or parallel.rank() > 0:
+    free, needed = free_bytes(device) / 2**30, gib()
+    if needed <= free or parallel.rank() > 0:
         return
     refused = {"lora_rank"} if config.shard else set()
     if algorithm.objective == "pairs":    # a pass is a group there
         refused.add("rows_per_pass")
     ways = [changes for changes in SMALLER
-            if not refused & set(changes) and gib(**changes) < gib()]
+            if not refused & set(changes) and gib(**changes) < needed]
     if parallel.world() > 1 and not config.shard and not config.lora_rank:
         ways = [dict(changes, shard=True) for changes in ({}, *SMALLER[:2])] + ways
     fitting = next((changes for changes in ways if gib(**changes) <= free), None)
     advice = "no flags of ours would make it fit"
     if fitting is not None:
         advice = f"with {' '.join(as_flags(fitting))} it would need about {gib(**fitting):.1f}"
-    print(f"warning: this run may need about {gib():.1f} GiB, and {free:.1f} are free on {device}; "
-          f"{advice}", file=sys.stderr)
+    print(f"warning: this run may need about {needed:.1f} GiB, and {free:.1f} are free on "
+          f"{device}; {advice}", file=sys.stderr)
