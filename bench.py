@@ -47,7 +47,7 @@ from sampler import sample
 from support.batches import micro_batches
 from support.common import InputError, as_flags, exit_cleanly, pick_device, pick_dtype
 from support.cpu import keep_freed_memory
-from support.estimate import Place, estimate, needs
+from support.estimate import Circumstances, estimate, needs
 from support.memory import peak_bytes
 from support.options import Config, rows_that_fill
 from support.policy import make_policy
@@ -973,7 +973,7 @@ def cost() -> None:
         cells = []
         for way, settings in ways.items():
             settings = dict(settings)
-            place = Place(
+            place = Circumstances(
                 device="cuda", dtype=torch.bfloat16, prompt=200, group=8,
                 processes=settings.pop("processes", 1), has_reference=False)
             config = Config(max_new_tokens=512, rows_per_pass=16, **settings)

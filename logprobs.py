@@ -119,13 +119,13 @@ def score_responses(
     tokens = responses[inputs.rows, inputs.columns]                             # (M,)
     positions = prompt_lengths[prompt_of[inputs.rows]] + inputs.columns         # (M,)
     longer = lengths > 1                   # a row of one token has no input of its own
-    rows = RowsAfterPrompts(lengths[longer] - 1, prompt_lengths, prompt_of[longer])
+    after = RowsAfterPrompts(lengths[longer] - 1, prompt_lengths, prompt_of[longer])
 
     if apart:
         last = prompts.last
-        hidden = run_after(model, prompts, rows, tokens, positions)
+        hidden = run_after(model, prompts, after, tokens, positions)
     else:
-        last, hidden = run_with_prompts(model, prompts, rows, tokens, positions)
+        last, hidden = run_with_prompts(model, prompts, after, tokens, positions)
 
     states = torch.cat([last.index_select(0, prompt_of), hidden])               # (N + M, D)
     # Row and column of the token that each state predicts
@@ -182,8 +182,8 @@ def token_logprobs(
 
 # ---- The last layer ------------------------------------------------------------------------------
 
-# Of one chunk, by device: as many as fast products need, and little beside activations. 64 MiB in
-# fp32 on a CPU; 512 MiB on a GPU (`bench.py update`).
+# Logits of one chunk: 64 MiB in fp32 on a CPU, 512 MiB on a GPU. More make its products no faster
+# on the one, and by 5 % at most on the other (docs/speed.md).
 LOGITS_AT_ONCE = {"cpu": 2**24, "cuda": 2**27}
 
 

@@ -17,7 +17,7 @@ from support.common import as_flags
 from support.memory import MOST_ROWS
 
 
-class Place(NamedTuple):
+class Circumstances(NamedTuple):
     """Where and with what a run goes, as far as memory depends on it."""
     device: str            # "cpu" or "cuda"
     dtype: torch.dtype     # the policy's
@@ -42,7 +42,7 @@ class Need(NamedTuple):
                 + max(self.rollouts, self.gradients + self.update))
 
 
-def needs(shape: ModelConfig, config, place: Place) -> Need:
+def needs(shape: ModelConfig, config, place: Circumstances) -> Need:
     """Of a run of options.Config `config` with a model of this shape. Within 15 % of
     what was used (python -m pytest -m slow tests/test_memory.py)."""
     n, of_rank_1 = count_parameters(shape)
@@ -98,7 +98,7 @@ def needs(shape: ModelConfig, config, place: Place) -> Need:
 
 def estimate(config, algorithm, shape: ModelConfig, prompts, device, dtype) -> Need:
     """Of a run of these settings; prompts: token ids of each."""
-    return needs(shape, config, Place(
+    return needs(shape, config, Circumstances(
         device=torch.device(device).type,
         dtype=dtype,
         processes=parallel.world() if config.shard else 1,

@@ -33,21 +33,22 @@ def write_page(path: str, title: str, groups: list[dict], curves: list[dict] = (
     script = parts["page.js"]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     data = {"title": title, "groups": groups, "curves": list(curves)}
-    content = json.dumps(known(data)).replace("<", "\\u003c")
+    content = json.dumps(for_json(data)).replace("<", "\\u003c")
     page = parts["page.html"].replace("SCRIPT_HASH", digest)
+    # Cut at both marks before anything is put in: a text that says DATA is no mark.
     before, between, after = page.replace(">SCRIPT<", ">\0<").replace(">DATA<", ">\0<").split("\0")
     with written_whole(path) as f:
         f.write(before + content + between + script + after)
 
 
-def known(x):
+def for_json(x):
     """The same without NaN and infinity, which JSON does not know, and with few digits."""
     if isinstance(x, float):
         return float(f"{x:.5g}") if math.isfinite(x) else None
     if isinstance(x, dict):
-        return {key: known(value) for key, value in x.items()}
+        return {key: for_json(value) for key, value in x.items()}
     if isinstance(x, (list, tuple)):
-        return [known(value) for value in x]
+        return [for_json(value) for value in x]
     return x
 
 
@@ -119,7 +120,7 @@ def page_of_run(folder: str, path: str) -> int:
 
 
 def records_of(path: str):
-    """The whole lines of a run's log."""
+    """The complete lines of a run's log; a last one that is cut off is passed over."""
     try:
         with open(path, encoding="utf-8") as f:
             lines = f.readlines()
@@ -128,7 +129,7 @@ def records_of(path: str):
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
-            record["step"] + 0
+            record["step"] + 0    # a number
         except (ValueError, TypeError, KeyError):
             if number == len(lines):    # a run that is being written
                 return

@@ -48,13 +48,14 @@ class RowsAfterPrompts(NamedTuple):
 
 # ---- Causal attention within each row, in three situations ---------------------------------------
 #
-# Each returns f(q, k, v): q (1, H, M, d), k and v (1, K, M, d) -> (1, H, M, d).
+# Each returns a function of q (1, H, M, d), k and v (1, K, M, d) -> (1, H, M, d); M counts the
+# tokens of prompts, of rows, or of both, the prompts' first.
 
 def attention_of_prompts(model, lengths: Tensor):
     """Prompts alone; lengths (B,)."""
     if has_flash(model):
         return FlashAttention(lengths)
-    return MaskedAttention(model.config, lengths)
+    return AttentionInParts(model.config, lengths)
 
 
 def attention_after_prompts(model, rows: RowsAfterPrompts):
@@ -62,7 +63,7 @@ def attention_after_prompts(model, rows: RowsAfterPrompts):
     of this layer."""
     if has_flash(model):
         return FlashAttention.after_prompts(*rows)
-    return MaskedAttention(model.config, *rows)
+    return AttentionInParts(model.config, *rows)
 
 
 def attention_with_prompts(model, rows: RowsAfterPrompts):
@@ -70,8 +71,8 @@ def attention_with_prompts(model, rows: RowsAfterPrompts):
     if has_flash(model):
         return FlashAttention.with_prompts(*rows)
     ragged = Ragged(rows.prompt_lengths, int(rows.prompt_lengths.max()))
-    of_prompts = MaskedAttention(model.config, rows.prompt_lengths)
-    of_rows = MaskedAttention(model.config, *rows)
+    of_prompts = AttentionInParts(model.config, rows.prompt_lengths)
+    of_rows = AttentionInParts(model.config, *rows)
     sizes = [len(ragged.index), int(rows.lengths.sum())]
 
     def attend(q, k, v):
@@ -95,9 +96,9 @@ class Part(NamedTuple):
     mask: Tensor                # (n or 1, 1, S·t, P + t) fp32, −inf where a query must not look
 
 
-class MaskedAttention:
-    """Some rows at a time, so that neither padding nor memory costs much. Without prompts, or after
-    them."""
+class AttentionInParts:
+    """Attention that pads a few neighbouring rows at a time into a grid, so that neither padding
+    nor memory costs much. With prompts, each row first sees its own prompt's keys."""
     def __init__(
         self,
         config,
@@ -112,16 +113,16 @@ class MaskedAttention:
         self.parts = []
         for rows in cpu.rows_in_cache(sizes, H, P):
             t = max(sizes[rows], default=0)
-            later = torch.ones(t, t, dtype=torch.bool, device=lengths.device).triu(1)
-            hidden = later[None]                                                # (1, t, t)
+            future = torch.ones(t, t, dtype=torch.bool, device=lengths.device).triu(1)
+            blocked = future[None]                                                # (1, t, t)
             if P:
                 column = torch.arange(P, device=lengths.device)
-                absent = column >= prompt_lengths[prompt_of[rows], None]        # (n, P)
-                absent = absent[:, None].expand(-1, t, -1)                      # (n, t, P)
-                hidden = torch.cat([absent, hidden.expand(len(absent), -1, -1)], dim=2)
+                beyond = column >= prompt_lengths[prompt_of[rows], None]        # (n, P)
+                beyond = beyond[:, None].expand(-1, t, -1)                      # (n, t, P)
+                blocked = torch.cat([beyond, blocked.expand(len(beyond), -1, -1)], dim=2)
             owners = prompt_of[rows] if P else None
-            mask = torch.zeros(hidden.shape, device=hidden.device)              # (n or 1, t, P + t)
-            mask = mask.masked_fill(hidden, float("-inf")).repeat(1, H // K, 1)
+            mask = torch.zeros(blocked.shape, device=blocked.device)            # (n or 1, t, P + t)
+            mask = mask.masked_fill(blocked, float("-inf")).repeat(1, H // K, 1)
             self.parts.append(Part(Ragged(lengths[rows], t), owners, mask[:, None]))
 
     def __call__(self, q, k, v, keys=None, values=None) -> Tensor:

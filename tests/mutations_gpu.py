@@ -70,8 +70,8 @@ BUGS = [
 
     # FlashAttention
     Bug("a row reads one key too few", "support/gpu.py",
-        "used = (place + 1).int()", "used = place.int()"),
-    Bug("a row's end in int64", "support/gpu.py", "used = (place + 1).int()", "used = place + 1"),
+        "used = (column + 1).int()", "used = column.int()"),
+    Bug("a row's end in int64", "support/gpu.py", "used = (column + 1).int()", "used = column + 1"),
     Bug("where rows begin, in int64", "support/gpu.py",
         "Spans(F.pad(lengths.cumsum(0), (1, 0)).int(),", "Spans(F.pad(lengths.cumsum(0), (1, 0)),"),
     Bug("caches that stay where their rows were", "support/gpu.py",
@@ -117,7 +117,7 @@ BUGS = [
         "torch.cat([torch.zeros_like(prompt_of), inputs.columns + 1])",
         "torch.cat([torch.zeros(N, dtype=torch.int64), inputs.columns + 1])"),
     Bug("the attention mask on the CPU", "support/ragged.py",
-        "torch.zeros(hidden.shape, device=hidden.device)", "torch.zeros(hidden.shape)"),
+        "torch.zeros(blocked.shape, device=blocked.device)", "torch.zeros(blocked.shape)"),
     Bug("a metric on the CPU", "train.py",
         'metrics["loss"] = loss.detach()', 'metrics["loss"] = loss.detach().cpu()'),
     Bug("the bf16 copy on the CPU", "support/policy.py",
