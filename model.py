@@ -1,7 +1,8 @@
 """A decoder-only transformer in plain PyTorch that reads and writes Hugging Face model folders.
 
-One block serves four families, which differ by switches: llama (arXiv 2407.21783; SmolLM2 is one),
-mistral (2310.06825), qwen2 (2412.15115; DeepSeek-R1-Distill-Qwen is one) and qwen3 (2505.09388).
+One block serves seven families, which differ by switches: llama (arXiv 2407.21783; SmolLM2 is one),
+mistral (2310.06825), qwen2 (2412.15115; DeepSeek-R1-Distill-Qwen is one), qwen3 (2505.09388),
+smollm3, olmo2 (2501.00656) and granite (IBM's 3.x). support/folders.py says which has which.
 Modules carry the names their weights have in the files (after a `model.`), so loading is a copy by
 name.
 
@@ -51,10 +52,18 @@ class ModelConfig:
     qkv_bias: bool
     out_bias: bool
     mlp_bias: bool
-    qk_norm: bool                # qwen3: RMSNorm on each head's query and key
+    qk_norm: str | None          # RMSNorm of queries and keys: "head" by head, or the "whole"
+    norm_after: bool             # norms of what attention and MLP give, not of what they get
     rope_theta: float
     rope_scaling: tuple | None   # its kind, "linear", "llama3" or "yarn", and the kind's numbers
     rope_length: float           # of the vectors that turn; 1 but for yarn
+    layers_without_rope: tuple[int, ...]
+    # Granite's factors, 1 elsewhere: of the embedding, of queries (whose products with keys are
+    # divided by √d as everywhere), of what a block adds, and of the last hidden state.
+    embedding_factor: float
+    query_factor: float
+    residual_factor: float
+    hidden_factor: float
     raw: dict = field(default=None, repr=False, compare=False)  # the file, to be written back
 
 
@@ -115,23 +124,35 @@ class Attention(nn.Module):
         super().__init__()
         self.layer = layer
         self.head_dim = c.head_dim
+        self.has_rope = layer not in c.layers_without_rope
+        self.query_factor = c.query_factor
+        self.qk_norm = c.qk_norm
         query_width = c.num_attention_heads * c.head_dim
         key_width = c.num_key_value_heads * c.head_dim
         self.q_proj = nn.Linear(c.hidden_size, query_width, bias=c.qkv_bias)
         self.k_proj = nn.Linear(c.hidden_size, key_width, bias=c.qkv_bias)
         self.v_proj = nn.Linear(c.hidden_size, key_width, bias=c.qkv_bias)
         self.o_proj = nn.Linear(query_width, c.hidden_size, bias=c.out_bias)
-        self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
+        if c.qk_norm:
+            is_whole = c.qk_norm == "whole"
+            self.q_norm = RMSNorm(query_width if is_whole else c.head_dim, c.rms_norm_eps)
+            self.k_norm = RMSNorm(key_width if is_whole else c.head_dim, c.rms_norm_eps)
 
     def forward(self, x, cos, sin, attend):
-        N, T, _ = x.shape                                               # (N, T, D)
-        heads = (N, T, -1, self.head_dim)
-        q = self.q_norm(self.q_proj(x).view(heads)).transpose(1, 2)     # (N, H, T, d)
-        k = self.k_norm(self.k_proj(x).view(heads)).transpose(1, 2)     # (N, K, T, d)
-        v = self.v_proj(x).view(heads).transpose(1, 2)                  # (N, K, T, d)
-        out = attend(self.layer, rotate(q, cos, sin), rotate(k, cos, sin), v)
-        return self.o_proj(out.transpose(1, 2).reshape(N, T, -1))       # (N, T, D)
+        N, T, _ = x.shape                                                 # (N, T, D)
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)          # (N, T, H·d or K·d)
+        if self.qk_norm == "whole":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (t.view(N, T, -1, self.head_dim) for t in (q, k, v))
+        if self.qk_norm == "head":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))                  # (N, H or K, T, d)
+        if self.has_rope:
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if self.query_factor != 1:
+            q = q * self.query_factor
+        out = attend(self.layer, q, k, v)                                 # (N, H, T, d)
+        return self.o_proj(out.transpose(1, 2).reshape(N, T, -1))         # (N, T, D)
 
 
 class MLP(nn.Module):
@@ -147,17 +168,27 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + MLP(norm(x))."""
+    """x + attention(norm(x)), then x + MLP(norm(x)); with `norm_after` x + norm(attention(x)), …"""
     def __init__(self, c: ModelConfig, layer: int):
         super().__init__()
-        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.norm_after = c.norm_after
+        self.residual_factor = c.residual_factor
+        norm = lambda: RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.self_attn = Attention(c, layer)
-        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.mlp = MLP(c)
+        self.post_attention_layernorm = norm()    # the files' name, wherever the norm stands
+        if c.norm_after:
+            self.post_feedforward_layernorm = norm()
+        else:
+            self.input_layernorm = norm()
 
     def forward(self, x, cos, sin, attend):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        if self.norm_after:
+            x = x + self.post_attention_layernorm(self.self_attn(x, cos, sin, attend))
+            return x + self.post_feedforward_layernorm(self.mlp(x))
+        add = lambda x, change: torch.add(x, change, alpha=self.residual_factor)
+        x = add(x, self.self_attn(self.input_layernorm(x), cos, sin, attend))
+        return add(x, self.mlp(self.post_attention_layernorm(x)))
 
 
 class Transformer(nn.Module):
@@ -189,7 +220,7 @@ class Transformer(nn.Module):
         return self.norm.weight.dtype
 
     def forward(self, tokens: Tensor, attend=None, positions: Tensor | None = None) -> Tensor:
-        """tokens (N, T) -> hidden (N, T, D), after the last norm.
+        """tokens (N, T) -> hidden (N, T, D), after the last norm (and Granite's last factor).
 
         attend: None for causal attention within each row, or f(layer, q, k, v) -> (N, H, T, d).
         positions (N, T), or None for 0, 1, 2, …"""
@@ -197,7 +228,7 @@ class Transformer(nn.Module):
             attend = causal_attention
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)[None]    # (1, T)
-        x = self.embed_tokens(tokens)                                          # (N, T, D)
+        x = self.embed_tokens(tokens) * self.config.embedding_factor           # (N, T, D)
         frequencies = rope_frequencies(self.config, tokens.device)             # (d/2,)
         angles = positions[:, None, :, None] * frequencies                     # (N, 1, T, d/2)
         cos, sin = (self.config.rope_length * wave for wave in (angles.cos(), angles.sin()))
@@ -210,7 +241,7 @@ class Transformer(nn.Module):
                     block, x, cos, sin, attend, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(x, cos, sin, attend)
-        return self.norm(x)
+        return self.norm(x) * self.config.hidden_factor
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden (..., D) -> logits (..., V)."""

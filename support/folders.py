@@ -9,6 +9,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import tokenizers
 import torch
@@ -18,7 +19,37 @@ from torch import Tensor
 from support.common import InputError, read_json
 
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+@dataclass(frozen=True)
+class Family:
+    """Switches of model.py's block that its files do not name, and what they mean where they leave
+    a field out (transformers' defaults)."""
+    qkv_bias: bool = False             # always there; else as attention_bias says
+    reads_attention_bias: bool = True
+    reads_mlp_bias: bool = False
+    qk_norm: str | None = None
+    norm_after: bool = False
+    has_nope: bool = False             # layers without rope
+    has_multipliers: bool = False
+    kv_heads: int | None = None        # None: as many as query heads
+    head_dim: int | None = None        # None: width / heads
+    positions: int = 2048
+    window: int | None = None          # of attention, in tokens; None: all
+    eps: float = 1e-6
+    theta: float = 10000.0
+    tied: bool = False
+
+
+FAMILIES = {
+    "llama": Family(reads_mlp_bias=True),
+    "mistral": Family(reads_attention_bias=False, kv_heads=8, positions=131072, window=4096),
+    "qwen2": Family(
+        qkv_bias=True, reads_attention_bias=False, kv_heads=32, positions=32768, window=4096),
+    "qwen3": Family(qk_norm="head", kv_heads=32, head_dim=128, positions=32768, window=4096),
+    "smollm3": Family(
+        reads_mlp_bias=True, has_nope=True, kv_heads=4, positions=32768, theta=2e6, tied=True),
+    "olmo2": Family(qk_norm="whole", norm_after=True, eps=1e-5),
+    "granite": Family(reads_mlp_bias=True, has_multipliers=True),
+}
 
 # Reject absurd sizes before anything of that size is allocated. No model is larger than this.
 SIZE_LIMITS = {
@@ -31,6 +62,7 @@ SIZE_LIMITS = {
     "num_key_value_heads": 2**12,
     "head_dim": 2**12,
     "max_position_embeddings": 2**27,
+    "no_rope_layer_interval": 2**10,
 }
 
 TOKENIZER_FILES = (
@@ -58,8 +90,8 @@ class ConfigFile:
     def refuse(self, what: str):
         raise InputError(f"{self.path}: {what}")
 
-    def flag(self, name: str) -> bool:
-        value = self.raw.get(name) or False
+    def flag(self, name: str, default: bool = False) -> bool:
+        value = self.raw.get(name, default) or False
         if not isinstance(value, bool):
             self.refuse(f"{name} is {value!r}; expected true or false")
         return value
@@ -86,9 +118,10 @@ def read_settings(folder: str) -> dict:
     `rope_scaling`, or `rope_parameters`). Raises InputError for what model.py does not compute."""
     file = ConfigFile(folder)
     raw = file.raw
-    family = raw.get("model_type")
-    if family not in FAMILIES:
-        file.refuse(f"model_type {family!r} is not supported (supported: {', '.join(FAMILIES)})")
+    name = raw.get("model_type")
+    if name not in list(FAMILIES):    # it may be anything, a list too
+        file.refuse(f"model_type {name!r} is not supported (supported: {', '.join(FAMILIES)})")
+    family = FAMILIES[name]
     if raw.get("quantization_config"):
         file.refuse("quantized weights are not supported; use the unquantized model")
     if raw.get("hidden_act", "silu") != "silu":
@@ -96,50 +129,81 @@ def read_settings(folder: str) -> dict:
 
     heads = file.size("num_attention_heads")
     width = file.size("hidden_size")
-    kv_heads = heads    # what a null means, and in llama an absent field too
+    layers = file.size("num_hidden_layers")
+    kv_heads = heads    # what a null means
     if "num_key_value_heads" not in raw:
-        kv_heads = {"llama": heads, "mistral": 8}.get(family, 32)
-    positions = {"llama": 2048, "mistral": 131072}.get(family, 32768)
-    positions = file.size("max_position_embeddings", positions)
-    refuse_other_attention(file, family, positions)
-    rope = rope_parameters(file)
-    bias = file.flag("attention_bias") and family in ("llama", "qwen3")
+        kv_heads = family.kv_heads or heads
+    head_dim = file.size("head_dim", family.head_dim or max(width // heads, 1))
+    positions = file.size("max_position_embeddings", family.positions)
+    refuse_other_attention(file, name, positions)
+    rope = rope_parameters(file, family.theta)
+    bias = family.reads_attention_bias and file.flag("attention_bias")
 
     settings = dict(
-        model_type=family,
+        model_type=name,
         vocab_size=file.size("vocab_size"),
         hidden_size=width,
         intermediate_size=file.size("intermediate_size"),
-        num_hidden_layers=file.size("num_hidden_layers"),
+        num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=file.size("num_key_value_heads", kv_heads),
-        head_dim=file.size("head_dim", 128 if family == "qwen3" else max(width // heads, 1)),
+        head_dim=head_dim,
         max_position_embeddings=positions,
-        rms_norm_eps=file.number("rms_norm_eps", 1e-6),
-        tie_word_embeddings=file.flag("tie_word_embeddings"),
-        qkv_bias=bias or family == "qwen2",
+        rms_norm_eps=file.number("rms_norm_eps", family.eps),
+        tie_word_embeddings=file.flag("tie_word_embeddings", family.tied),
+        qkv_bias=bias or family.qkv_bias,
         out_bias=bias,
-        mlp_bias=family == "llama" and file.flag("mlp_bias"),
-        qk_norm=family == "qwen3",
-        rope_theta=file.number("rope_theta", 10000.0, rope),
+        mlp_bias=family.reads_mlp_bias and file.flag("mlp_bias"),
+        qk_norm=family.qk_norm,
+        norm_after=family.norm_after,
+        rope_theta=file.number("rope_theta", where=rope),
         rope_scaling=rope_scaling(file, rope),
         rope_length=rope_length(file, rope),
+        layers_without_rope=layers_without_rope(file, layers) if family.has_nope else (),
+        **factors(file, head_dim, family.has_multipliers),
         raw=raw)
     if heads % settings["num_key_value_heads"]:
         shared = settings["num_key_value_heads"]
         file.refuse(f"{heads} query heads cannot share {shared} key/value heads")
-    if settings["head_dim"] % 2:
-        file.refuse(f"head_dim {settings['head_dim']} is odd; rotary position embedding turns "
-                    "pairs")
+    if head_dim % 2:
+        file.refuse(f"head_dim {head_dim} is odd; rotary position embedding turns pairs")
     return settings
 
 
-def refuse_other_attention(file: ConfigFile, family: str, positions: int) -> None:
+def layers_without_rope(file: ConfigFile, layers: int) -> tuple[int, ...]:
+    """SmolLM3's: `no_rope_layers` has a 0 for each of them and a 1 for the others; where there is
+    no list, it is every fourth layer, or every `no_rope_layer_interval`-th."""
+    every = file.size("no_rope_layer_interval", 4)
+    has_rope = file.raw.get("no_rope_layers")
+    if has_rope is None:
+        has_rope = [int((layer + 1) % every != 0) for layer in range(layers)]
+    if (not isinstance(has_rope, list) or len(has_rope) < layers
+            or any(value not in (0, 1) for value in has_rope)):
+        file.refuse(f"no_rope_layers is not a list of {layers} zeros and ones")
+    return tuple(layer for layer in range(layers) if not has_rope[layer])
+
+
+def factors(file: ConfigFile, head_dim: int, has_multipliers: bool) -> dict[str, float]:
+    """Granite's multipliers, as ModelConfig has them; 1 in other families."""
+    read = (lambda name: file.number(name, 1.0)) if has_multipliers else (lambda name: 1.0)
+    query_factor = 1.0
+    if has_multipliers:    # theirs stands in place of 1 / √d
+        query_factor = read("attention_multiplier") * math.sqrt(head_dim)
+    return dict(
+        embedding_factor=read("embedding_multiplier"),
+        query_factor=query_factor,
+        residual_factor=read("residual_multiplier"),
+        hidden_factor=1 / read("logits_scaling"))
+
+
+def refuse_other_attention(file: ConfigFile, name: str, positions: int) -> None:
     """Sliding windows, and layers of another type than full attention."""
-    # A window that is not named is 4096 in mistral, and in qwen if it is switched on.
-    if family == "mistral" or family.startswith("qwen") and file.flag("use_sliding_window"):
-        window = file.raw.get("sliding_window", 4096)
-        if window is not None and file.size("sliding_window", 4096) < positions:
+    # Mistral has a window unless it says null; qwen and smollm3 if they say use_sliding_window.
+    if name == "mistral" or (
+            name in ("qwen2", "qwen3", "smollm3") and file.flag("use_sliding_window")):
+        default = FAMILIES[name].window
+        window = file.raw.get("sliding_window", default)
+        if window is not None and file.size("sliding_window", default) < positions:
             file.refuse(f"an active sliding window ({window}) is not supported; set sliding_window "
                         "to null if you mean full attention")
     kinds = file.raw.get("layer_types") or []
@@ -148,13 +212,13 @@ def refuse_other_attention(file: ConfigFile, family: str, positions: int) -> Non
                     "they are not supported")
 
 
-def rope_parameters(file: ConfigFile) -> dict:
+def rope_parameters(file: ConfigFile, theta: float) -> dict:
     """What either dialect says of rotary position embedding."""
     for name in ("rope_parameters", "rope_scaling"):
         if not isinstance(file.raw.get(name) or {}, dict):
             file.refuse(f"{name} is not an object")
     # Files that mix the dialects exist: rope_theta may stand beside either.
-    rope = {"rope_theta": file.raw.get("rope_theta", 10000.0)}
+    rope = {"rope_theta": file.raw.get("rope_theta", theta)}
     rope |= file.raw.get("rope_scaling") or file.raw.get("rope_parameters") or {}
     if any(isinstance(value, dict) for value in rope.values()):
         file.refuse("rope parameters that differ between layers are not supported")

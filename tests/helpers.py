@@ -47,6 +47,7 @@ SMALL = dict(
     tie_word_embeddings=False,
     bos_token_id=1,
     eos_token_id=2,
+    pad_token_id=None,    # some families' own is beyond so small a vocabulary
 )
 
 # With head_dim 6 to 16 and these llama3 numbers, some waves are kept, some are slowed, and some lie
@@ -164,7 +165,17 @@ LLAMA = dict(
     rms_norm_eps=1e-5,
     rope_theta=10000.0,
     tie_word_embeddings=False,
+    pad_token_id=None,
 )
+FAMILY_CONFIGS = {    # one for each switch of the block
+    "llama": LLAMA,
+    "qwen3": {**LLAMA, "model_type": "qwen3", "head_dim": 16, "tie_word_embeddings": True},
+    "smollm3": {**LLAMA, "model_type": "smollm3", "no_rope_layers": [0, 1]},
+    "olmo2": {**LLAMA, "model_type": "olmo2"},
+    "granite": {
+        **LLAMA, "model_type": "granite", "embedding_multiplier": 3.0,
+        "attention_multiplier": 0.2, "residual_multiplier": 0.7, "logits_scaling": 0.5},
+}
 STOPS = [0, 7, 21]    # 0 is also what the responses are padded with
 
 

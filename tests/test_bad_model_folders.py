@@ -279,6 +279,22 @@ CASES = {
         ),
         ["config.json", "sliding"],
     ),
+    "smollm3-window-on": (
+        family("smollm3", use_sliding_window=True, sliding_window=8),
+        ["config.json", "sliding window"],
+    ),
+    "smollm3-no-rope-text": (
+        family("smollm3", no_rope_layers="0, 1"), ["config.json", "no_rope_layers"]),
+    "smollm3-no-rope-short": (
+        family("smollm3", no_rope_layers=[1]), ["config.json", "no_rope_layers", "2"]),
+    "smollm3-no-rope-names": (
+        family("smollm3", no_rope_layers=[0, [1]]), ["config.json", "no_rope_layers"]),
+    "smollm3-no-rope-interval": (
+        family("smollm3", no_rope_layer_interval=0), ["config.json", "no_rope_layer_interval"]),
+    "granite-logits-by-zero": (
+        family("granite", logits_scaling=0), ["config.json", "logits_scaling"]),
+    "granite-multiplier-text": (
+        family("granite", attention_multiplier="1"), ["config.json", "attention_multiplier"]),
     "qwen3-layer-types": (
         family("qwen3", layer_types=["full_attention", "sliding_attention"]),
         ["config.json", "sliding"],

@@ -97,7 +97,12 @@ def weights_like(tensor, seed=3):
     ("mistral", [2, 7], dict(sliding_window=None, head_dim=8, tie_word_embeddings=True)),
     ("qwen2", [4, 1, 6], dict(num_key_value_heads=1)),
     ("qwen3", [3, 9, 9, 1], dict(head_dim=10)),
-], ids=["llama", "mistral", "qwen2", "qwen3"])
+    ("smollm3", [3, 9], dict(no_rope_layers=[0, 1])),
+    ("olmo2", [6, 2, 2], dict()),
+    ("granite", [1, 7], dict(
+        embedding_multiplier=3.0, attention_multiplier=0.2, residual_multiplier=0.7,
+        logits_scaling=0.5)),
+], ids=["llama", "mistral", "qwen2", "qwen3", "smollm3", "olmo2", "granite"])
 @BOTH_WAYS
 def test_group_equals_full_sequences_through_transformers(family, lengths, extra, tmp_path):
     """A group that shares its prompt has the log-probabilities, entropies and gradients that

@@ -7,7 +7,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from helpers import (
     ROPE,
@@ -15,6 +15,7 @@ from helpers import (
     file_name,
     make_folder,
     oracle,
+    randomise,
     read_json,
     read_tensors,
     relative,
@@ -23,6 +24,7 @@ from helpers import (
 )
 from model import load_model, save_model
 from support.common import InputError
+from support.folders import FAMILIES
 
 
 # Before version 5 transformers passes over rope_parameters in silence.
@@ -108,7 +110,63 @@ QWEN3_CASES = {    # norms on q and k
         num_key_value_heads=4,
     ),
 }
-CASES = {**LLAMA_CASES, **MISTRAL_CASES, **QWEN2_CASES, **QWEN3_CASES}
+SMOLLM3_CASES = {    # layers without rope
+    "smollm3-every-fourth": dict(num_hidden_layers=5),
+    "smollm3-every-second-tied": dict(
+        rope="theta",
+        dialect="rope_parameters",
+        num_hidden_layers=3,
+        no_rope_layer_interval=2,
+        tie_word_embeddings=True,
+        attention_bias=True,
+        mlp_bias=True,
+        shard="8KB",
+    ),
+    "smollm3-listed-yarn": dict(
+        rope="yarn",
+        head_dim=16,
+        num_hidden_layers=3,
+        no_rope_layers=[0, 1, 0],
+    ),
+    "smollm3-all-with-rope": dict(no_rope_layers=[1, 1]),
+}
+OLMO2_CASES = {    # norms on the whole query and key, and after attention and MLP
+    "olmo2": dict(),
+    "olmo2-all-heads-own-kv": dict(
+        rope="theta",
+        dialect="rope_parameters",
+        num_key_value_heads=4,
+        rms_norm_eps=1e-2,
+        shard="8KB",
+    ),
+    "olmo2-bias-tied-linear": dict(
+        rope="linear",
+        num_key_value_heads=1,
+        attention_bias=True,
+        tie_word_embeddings=True,
+    ),
+}
+GRANITE_CASES = {    # factors
+    "granite": dict(),    # attention_multiplier 1, where others have 1 / sqrt(d)
+    "granite-factors": dict(
+        rope="theta",
+        dialect="rope_parameters",
+        embedding_multiplier=12.0,
+        attention_multiplier=0.0625,
+        residual_multiplier=0.22,
+        logits_scaling=8.0,
+        tie_word_embeddings=True,
+        shard="8KB",
+    ),
+    "granite-biases": dict(
+        residual_multiplier=2,
+        logits_scaling=0.5,
+        attention_bias=True,
+        mlp_bias=True,
+    ),
+}
+CASES = {**LLAMA_CASES, **MISTRAL_CASES, **QWEN2_CASES, **QWEN3_CASES,
+         **SMOLLM3_CASES, **OLMO2_CASES, **GRANITE_CASES}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -161,6 +219,35 @@ def test_rope_theta_beside_rope_parameters(tmp_path):
         return
     with torch.no_grad():
         theirs = oracle(folder)(tokens).logits
+        ours = model.logits(model(tokens))
+    assert relative(ours, theirs) < 1e-5
+
+
+OPTIONAL = (    # what a config.json may leave out
+    "num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps",
+    "tie_word_embeddings", "attention_bias", "mlp_bias", "hidden_act", "rope_theta",
+    "rope_scaling", "rope_parameters", "no_rope_layers", "no_rope_layer_interval", "layer_types",
+    "embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_left_out_fields_mean_what_transformers_takes_them_for(family, tmp_path):
+    """A config.json that names only sizes gives transformers' logits. (Bug: a default of another
+    family, such as an output matrix of its own where SmolLM3 has none.)"""
+    sizes = dict(vocab_size=67, hidden_size=64, intermediate_size=24, num_hidden_layers=5,
+                 num_attention_heads=32, pad_token_id=None)
+    if family == "mistral":
+        sizes["sliding_window"] = None
+    config = AutoConfig.for_model(family, **sizes)
+    folder = str(tmp_path)
+    randomise(AutoModelForCausalLM.from_config(config)).save_pretrained(folder)
+    settings = read_json(folder + "/config.json")
+    left = {name: value for name, value in settings.items() if name not in OPTIONAL}
+    write_json(folder + "/config.json", left)
+    tokens = torch.arange(60)[None]
+    with torch.no_grad():
+        theirs = oracle(folder)(tokens).logits
+        model = load_model(folder)
         ours = model.logits(model(tokens))
     assert relative(ours, theirs) < 1e-5
 
@@ -258,7 +345,7 @@ def test_save_replaces_a_folder_and_copies_the_tokenizer(tmp_path):
     assert_same_weights(model, load_model(folder))
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_loading_leaves_nothing_random(family, tmp_path):
     """Every parameter is the file's tensor, and a file that lacks any one of them is refused by
     that one's name. (Bug: loaders that leave parameters at random values.)"""

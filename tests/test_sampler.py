@@ -22,15 +22,11 @@ from transformers import AutoModelForCausalLM
 import sampler
 from data import Problem, load_tokenizer
 from gcpo import Group
-from helpers import LLAMA, STOPS, pretend_flash, tiny_model
+from helpers import FAMILY_CONFIGS, LLAMA, STOPS, pretend_flash, tiny_model
 from logprobs import token_logprobs
 from model import Transformer, load_model, save_model
 from sampler import choose_token, inverse_cdf, prompt_generator, sample
 from support import caches
-
-
-QWEN3 = {**LLAMA, "model_type": "qwen3", "head_dim": 16, "tie_word_embeddings": True}
-FAMILIES = {"llama": LLAMA, "qwen3": QWEN3}
 
 
 # ---- Helpers -------------------------------------------------------------------------------------
@@ -138,12 +134,12 @@ def transformers_greedy(folder, prompts, max_new_tokens, stop_ids):
     return [[through_first_stop(row, stop_ids)] for row in found[:, longest:].tolist()]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILY_CONFIGS)
 def test_greedy_equals_transformers(tmp_path, family):
     """At temperature 0 the responses are those of transformers' `generate`, up to the first of
     several stop tokens. (Bugs: only one of several end tokens honoured; a cache that reads the
     wrong keys or positions.)"""
-    network = tiny_model(tmp_path, FAMILIES[family])
+    network = tiny_model(tmp_path, FAMILY_CONFIGS[family])
     prompts = some_prompts((5, 2, 11, 1, 17, 8))
     save_model(network, str(tmp_path / "model"))
     settings = dict(temperature=0, seed=0)
@@ -152,7 +148,7 @@ def test_greedy_equals_transformers(tmp_path, family):
     ours = texts(sample(network, prompts, 1, 20, stop_ids=stops, max_rows=3, **settings))
     assert ours == transformers_greedy(tmp_path / "model", prompts, 20, stops)
     shows_nothing = "stop tokens that stop nothing show nothing"
-    assert {row[-1] for [row] in ours} >= set(stops), shows_nothing
+    assert len({row[-1] for [row] in ours} & set(stops)) > 1, shows_nothing
     assert len({len(row) for [row] in ours}) > 2, shows_nothing
 
 
@@ -185,12 +181,12 @@ def test_greedy_equals_transformers_on_a_real_model():
 
 # ---- What a response is: its logprobs, its end, its mask -----------------------------------------
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILY_CONFIGS)
 def test_logprobs_are_those_of_the_scorer(tmp_path, family, check):
     """The sampler's log-probabilities are those that training will compute for the same tokens,
     here with ragged prompts and a temperature. (Bug: sampling from one distribution, scoring
     another.)"""
-    network = tiny_model(tmp_path, FAMILIES[family])
+    network = tiny_model(tmp_path, FAMILY_CONFIGS[family])
     groups = sample(
         network, some_prompts(), 6, 24, temperature=0.7, stop_ids=STOPS, seed=3, max_rows=12)
     lengths = {len(row) for row in rows_of(groups)}
