@@ -1,7 +1,7 @@
 """The experiments of docs/results.md, on the toy.
 
     python docs/experiments.py toy|ablations|regimes|golds [--jobs 2] [--seeds 3]
-    python docs/experiments.py square [--seeds 8] | scarce [--seeds 8]    as docs/plan.md says
+    python docs/experiments.py square|scarce|shares [--seeds 8]    as docs/plan.md says
     python docs/experiments.py real --work DIR     only the tables of what docs/run_real.sh has run
 
 Each arm is one train.py command, in a process of its own with one thread, `--jobs` of them at a
@@ -431,12 +431,16 @@ def measured_once(run: str, files: dict[str, str]) -> dict[str, float]:
         return json.load(f)
 
 
-# ---- square and scarce (docs/plan.md says what is compared, and was written before the runs) -----
+# ---- square, scarce, shares (docs/plan.md, written before the runs, says what is compared) -------
 
 EACH_SEED = {"easy": 40, "hard": 200}    # held-out locks; each seed has its own split and model
 HALF = 350                               # easy problems, and hard ones, of `scarce`
-GOLDS = 75                               # of its hard problems, so many have gold
-EQUAL_STEPS = 750    # of SFT take as long as 150 of GCPO (10.4 s and 52.0 s for 150, alone)
+GOLDS = 75                               # so many of its hard problems have gold
+OWN = 150                                # of the base model's right answers help to make its start
+SHARES = (20, 210, 700)                  # golds in place of 75
+SFT_EQUAL = "SFT, GCPO's seconds"
+EQUAL_STEPS = 750           # of SFT take as long as 150 of GCPO (10.4 and 52.0 s for 150, alone)
+EQUAL_STEPS_SCARCE = 540    # after SFT, whose rollouts are shorter (17.4 and 63.4 s)
 WITH_GOLD = {
     "GCPO": "--algo gcpo",
     "gold, no negatives": "--algo gcpo --gold-rivals zero",
@@ -445,7 +449,7 @@ WITH_GOLD = {
     "gold at 1, no negatives": "--algo gcpo --gold-rivals zero --gold-advantage one",
     "RFT": "--algo rft",
     "SFT": "--algo sft",
-    "SFT, GCPO's seconds": f"--algo sft --steps {EQUAL_STEPS}"}
+    SFT_EQUAL: f"--algo sft --steps {EQUAL_STEPS}"}
 WITHOUT_GOLD = {
     "negatives, no gold": "--algo gspo --virtual-right all_wrong",
     "NGRPO": "--algo ngrpo",
@@ -453,7 +457,8 @@ WITHOUT_GOLD = {
     "SFT, then GSPO": "--algo gspo --sft-share 0.5"}
 PRIMARY = {    # each on hard locks, paired by seed, at each learning rate that both arms have
     "square": (("GCPO", "gold, no negatives"), ("GCPO", "negatives, no gold")),
-    "scarce": (("GCPO", "gold, no negatives"), ("GCPO", "GSPO"), ("GCPO", "RFT, one round"))}
+    "scarce": (("GCPO", "gold, no negatives"), ("GCPO", "GSPO"), ("GCPO", "RFT, one round")),
+    "shares": (("GCPO", SFT_EQUAL), ("GCPO", "GSPO"), ("GCPO", "RFT, one round"))}
 T_975 = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)    # 1 … 9 degrees
 
 
@@ -475,19 +480,45 @@ def scarce(args):
     """A model after SFT on few golds and its own right answers, then all problems, most of them
     with an answer alone."""
     folder = os.path.join(args.work, "seeds")
+    sampling = {name: flags for name, flags in {**WITH_GOLD, **WITHOUT_GOLD}.items()
+                if name not in ("SFT", SFT_EQUAL)}
+    arms = scarce_arms(sampling, GOLDS, ("3e-4", "6e-4"), folder)
+    compare("scarce", arms, lambda seed: scarce_files(folder, seed, GOLDS), args)
 
-    def flags_of(seed, data="scarce.jsonl"):
-        at = os.path.join(folder, str(seed))
-        return ["--model", os.path.join(at, "start", "model"), "--data", os.path.join(at, data)]
 
-    rates = ("3e-4", "6e-4")
-    both = {name: flags for name, flags in WITH_GOLD.items() if "x 3" not in name}
-    sft = {name: both.pop(name) for name in ("SFT", "SFT, GCPO's seconds")}
-    arms = arms_at_rates({**both, **WITHOUT_GOLD}, rates, flags_of)
-    arms |= arms_at_rates(sft, rates, lambda s: flags_of(s, "first.jsonl"))
-    arms |= arms_at_rates(
-        {"RFT, one round": "--algo sft"}, rates, lambda s: flags_of(s, "second.jsonl"))
-    compare("scarce", arms, lambda seed: scarce_files(folder, seed), args)
+def shares(args):
+    """`scarce` with less gold and with more. In the lines and the table the number of golds stands
+    where the others have the learning rate, which is 6e-4 in all."""
+    folder = os.path.join(args.work, "seeds")
+    arms = {}
+    for golds in SHARES:
+        of_share = scarce_arms(
+            {"GCPO": "--algo gcpo", "GSPO": "--algo gspo", "RFT": "--algo rft"},
+            golds, ("6e-4",), folder)
+        arms |= {(arm, str(golds)): flags_of for (arm, _), flags_of in of_share.items()}
+
+    def files_of(seed):
+        for golds in SHARES:
+            scarce_files(folder, seed, golds)
+
+    compare("shares", arms, files_of, args)
+
+
+def scarce_arms(sampling: dict[str, str], golds: int, rates, folder: str) -> dict:
+    """From scarce_files' start model: that model itself, the arms of `sampling`, and SFT's."""
+    def flags_of(data):
+        def of_seed(seed):
+            at = golds_folder(folder, seed, golds)
+            model = os.path.join(at, "start", "model")
+            return ["--model", model, "--data", os.path.join(at, f"{data}.jsonl")]
+        return of_seed
+
+    sft = {"SFT": "--algo sft", SFT_EQUAL: f"--algo sft --steps {EQUAL_STEPS_SCARCE}"}
+    return {
+        **arms_at_rates({"the start model": "--steps 0"}, rates[:1], flags_of("problems")),
+        **arms_at_rates(sampling, rates, flags_of("problems")),
+        **arms_at_rates(sft, rates, flags_of("first")),
+        **arms_at_rates({"RFT, one round": "--algo sft"}, rates, flags_of("second"))}
 
 
 def arms_at_rates(flags: dict[str, str], rates: tuple[str, ...], flags_of) -> dict:
@@ -510,16 +541,20 @@ def compare(name: str, arms: dict, files_of, args) -> None:
     def run(arm, lr, seed, flags):
         if (arm, lr, seed) in found:
             return
-        out = run_folder(name, file_name(f"{arm}-{lr}"), seed, args)
-        log = finish(out, [*flags, "--seed", str(seed)])
         held_out = {kind: os.path.join(args.work, "seeds", str(seed), f"{kind}.jsonl")
                     for kind in EACH_SEED}
-        result = {"arm": arm, "lr": lr, "seed": seed, **measured_once(out, held_out),
-                  "seconds": seconds(log), "curves": curves(log)}
+        result = {"arm": arm, "lr": lr, "seed": seed}
+        out = run_folder(name, file_name(f"{arm}-{lr}"), seed, args)
+        if steps_of(flags) == 0:    # the start model
+            result |= measured(flags[flags.index("--model") + 1], held_out) | {"seconds": 0.0}
+        else:
+            log = finish(out, [*flags, "--seed", str(seed)])
+            result |= measured_once(out, held_out)
+            result |= {"seconds": seconds(log), "curves": curves(log)}
         with open(kept, "a") as f:
             f.write(json.dumps(result) + "\n")
         found[arm, lr, seed] = result
-        shutil.rmtree(out)
+        shutil.rmtree(out, ignore_errors=True)
 
     for seed in range(args.seeds):
         if all((*key, seed) in found for key in arms):
@@ -580,10 +615,7 @@ def seed_files(folder: str, seed: int) -> str:
     problems = split_locks(folder, random.Random(f"square {seed}"), EACH_SEED, TOY_NAMES[:2])
     alternating = [r for pair in zip(problems["easy"], problems["hard"]) for r in pair]
     write(os.path.join(folder, "near-300.jsonl"), alternating[:300])
-    golds = problems["hard"][:GOLDS]
-    write(os.path.join(folder, "golds.jsonl"), golds)
-    rest = problems["easy"][:HALF] + problems["hard"][GOLDS:HALF]
-    write(os.path.join(folder, "scarce.jsonl"), golds + list(map(answer_alone, rest)))
+    write(os.path.join(folder, "all-700.jsonl"), problems["hard"][:HALF] + problems["easy"][:HALF])
     warm_up(folder, problems["easy"], seed)
     return folder
 
@@ -593,37 +625,48 @@ def answer_alone(record: dict) -> dict:
     return {"question": record["question"], "answer": record["answer"].split("#### ")[1]}
 
 
-def scarce_files(folder: str, seed: int) -> str:
-    """seed_files, and `scarce`'s start model: after SFT on first.jsonl, the golds and twice as many
-    of the base's own right answers. second.jsonl has the start model's in their place."""
-    folder = seed_files(folder, seed)
-    golds = read(os.path.join(folder, "golds.jsonl"))
-    first, second = (os.path.join(folder, f"{name}.jsonl") for name in ("first", "second"))
+def golds_folder(folder: str, seed: int, golds: int) -> str:
+    return os.path.join(folder, str(seed), f"golds-{golds}")
+
+
+def scarce_files(folder: str, seed: int, golds: int) -> None:
+    """seed_files, and of its 700 problems, in a folder of their own, written once:
+
+    problems.jsonl    all of them, the first `golds` with gold and the others with an answer alone
+    first.jsonl       the golds, and OWN right answers of the base model to other problems
+    start             the start model: the base after SFT on first.jsonl
+    second.jsonl      the golds, and the start model's right answers to other problems"""
+    base = os.path.join(seed_files(folder, seed), "base")
+    everything = read(os.path.join(folder, str(seed), "all-700.jsonl"))
+    with_gold, others = everything[:golds], everything[golds:]
+    at = golds_folder(folder, seed, golds)
+    first, second, problems = (
+        os.path.join(at, f"{name}.jsonl") for name in ("first", "second", "problems"))
     if not os.path.exists(first):
-        own = own_answers(folder, "base")
-        write(first, golds + random.Random(seed).sample(own, min(2 * GOLDS, len(own))))
-    finish(os.path.join(folder, "start"), [
-        "--algo", "sft", "--model", os.path.join(folder, "base"), "--data", first,
+        write(problems, with_gold + list(map(answer_alone, others)))
+        own = own_answers(base, others, at)
+        write(first, with_gold + random.Random(seed).sample(own, min(OWN, len(own))))
+    finish(os.path.join(at, "start"), [
+        "--algo", "sft", "--model", base, "--data", first,
         *shlex.split(REGIME), "--steps", "600", "--lr", "1e-3", "--seed", str(seed)])
     if not os.path.exists(second):
-        known = {r["question"] for r in golds}
-        own = own_answers(folder, os.path.join("start", "model"))
-        write(second, golds + [r for r in own if r["question"] not in known])
-    return folder
+        own = own_answers(os.path.join(at, "start", "model"), others, at)
+        write(second, with_gold + own)
 
 
-def own_answers(folder: str, model: str) -> list[dict]:
-    """The problems of scarce.jsonl that a model solves in 8 tries, with a right answer as gold."""
-    written = os.path.join(folder, "own.jsonl")
+def own_answers(model: str, problems: list[dict], folder: str) -> list[dict]:
+    """The problems that a model solves in 8 tries, with a right answer as gold."""
+    if not problems:
+        return []
+    asked, kept = (os.path.join(folder, f"{name}.jsonl") for name in ("asked", "kept"))
     with contextlib.suppress(FileNotFoundError):
-        os.remove(written)
+        os.remove(kept)
     command = [sys.executable, os.path.join(ROOT, "evaluate.py"),
-               "--model", os.path.join(folder, model),
-               "--data", os.path.join(folder, "scarce.jsonl"), "--samples", "8",
+               "--model", model, "--data", write(asked, problems), "--samples", "8",
                "--max-new-tokens", "48", "--instruction", "", "--dtype", "float32",
-               "--keep-correct", written]
+               "--keep-correct", kept]
     subprocess.run(command, check=True, capture_output=True)
-    return read(written)
+    return read(kept)
 
 
 # ---- golds ---------------------------------------------------------------------------------------
@@ -804,6 +847,7 @@ EXPERIMENTS = {
     "regimes": regimes,
     "square": square,
     "scarce": scarce,
+    "shares": shares,
     "golds": golds,
     "real": real,
 }
