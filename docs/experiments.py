@@ -437,7 +437,7 @@ EACH_SEED = {"easy": 40, "hard": 200}    # held-out locks; each seed has its own
 HALF = 350                               # easy problems, and hard ones, of `scarce`
 GOLDS = 75                               # so many of its hard problems have gold
 OWN = 150                                # of the base model's right answers help to make its start
-SHARES = (20, 210, 700)                  # golds in place of 75
+SHARES = (20, 50, 190, 625)              # of the other 625, with gold that SFT has not seen
 SFT_EQUAL = "SFT, GCPO's seconds"
 EQUAL_STEPS = 750           # of SFT take as long as 150 of GCPO (10.4 and 52.0 s for 150, alone)
 EQUAL_STEPS_SCARCE = 540    # after SFT, whose rollouts are shorter (17.4 and 63.4 s)
@@ -458,7 +458,7 @@ WITHOUT_GOLD = {
 PRIMARY = {    # each on hard locks, paired by seed, at each learning rate that both arms have
     "square": (("GCPO", "gold, no negatives"), ("GCPO", "negatives, no gold")),
     "scarce": (("GCPO", "gold, no negatives"), ("GCPO", "GSPO"), ("GCPO", "RFT, one round")),
-    "shares": (("GCPO", SFT_EQUAL), ("GCPO", "GSPO"), ("GCPO", "RFT, one round"))}
+    "shares": (("GCPO", SFT_EQUAL), ("GCPO", "gold, no negatives"), ("GCPO", "RFT, one round"))}
 T_975 = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)    # 1 … 9 degrees
 
 
@@ -482,43 +482,43 @@ def scarce(args):
     folder = os.path.join(args.work, "seeds")
     sampling = {name: flags for name, flags in {**WITH_GOLD, **WITHOUT_GOLD}.items()
                 if name not in ("SFT", SFT_EQUAL)}
-    arms = scarce_arms(sampling, GOLDS, ("3e-4", "6e-4"), folder)
-    compare("scarce", arms, lambda seed: scarce_files(folder, seed, GOLDS), args)
+    arms = scarce_arms(sampling, 0, ("3e-4", "6e-4"), folder)
+    compare("scarce", arms, lambda seed: scarce_files(folder, seed, 0), args)
 
 
 def shares(args):
-    """`scarce` with less gold and with more. In the lines and the table the number of golds stands
-    where the others have the learning rate, which is 6e-4 in all."""
+    """From the same start model, with gold for more of the problems. In the lines and the table
+    their number stands where the others have the learning rate, which is 6e-4 in all."""
     folder = os.path.join(args.work, "seeds")
+    sampling = {name: WITH_GOLD[name] for name in ("GCPO", "gold, no negatives")}
     arms = {}
-    for golds in SHARES:
-        of_share = scarce_arms(
-            {"GCPO": "--algo gcpo", "GSPO": "--algo gspo", "RFT": "--algo rft"},
-            golds, ("6e-4",), folder)
-        arms |= {(arm, str(golds)): flags_of for (arm, _), flags_of in of_share.items()}
+    for more in SHARES:
+        of_share = scarce_arms(sampling, more, ("6e-4",), folder)
+        arms |= {(arm, str(more)): flags for (arm, _), flags in of_share.items()
+                 if arm != "the start model"}
 
     def files_of(seed):
-        for golds in SHARES:
-            scarce_files(folder, seed, golds)
+        for more in SHARES:
+            scarce_files(folder, seed, more)
 
     compare("shares", arms, files_of, args)
 
 
-def scarce_arms(sampling: dict[str, str], golds: int, rates, folder: str) -> dict:
+def scarce_arms(sampling: dict[str, str], more: int, rates, folder: str) -> dict:
     """From scarce_files' start model: that model itself, the arms of `sampling`, and SFT's."""
     def flags_of(data):
         def of_seed(seed):
-            at = golds_folder(folder, seed, golds)
-            model = os.path.join(at, "start", "model")
-            return ["--model", model, "--data", os.path.join(at, f"{data}.jsonl")]
+            at = os.path.join(folder, str(seed))
+            return ["--model", os.path.join(at, "start", "model"),
+                    "--data", os.path.join(at, f"{data}-{more}.jsonl")]
         return of_seed
 
     sft = {"SFT": "--algo sft", SFT_EQUAL: f"--algo sft --steps {EQUAL_STEPS_SCARCE}"}
     return {
         **arms_at_rates({"the start model": "--steps 0"}, rates[:1], flags_of("problems")),
         **arms_at_rates(sampling, rates, flags_of("problems")),
-        **arms_at_rates(sft, rates, flags_of("first")),
-        **arms_at_rates({"RFT, one round": "--algo sft"}, rates, flags_of("second"))}
+        **arms_at_rates(sft, rates, flags_of("golds")),
+        **arms_at_rates({"RFT, one round": "--algo sft"}, rates, flags_of("own"))}
 
 
 def arms_at_rates(flags: dict[str, str], rates: tuple[str, ...], flags_of) -> dict:
@@ -625,48 +625,45 @@ def answer_alone(record: dict) -> dict:
     return {"question": record["question"], "answer": record["answer"].split("#### ")[1]}
 
 
-def golds_folder(folder: str, seed: int, golds: int) -> str:
-    return os.path.join(folder, str(seed), f"golds-{golds}")
+def scarce_files(folder: str, seed: int, more: int) -> None:
+    """seed_files, and of its 700 problems, each written once:
 
-
-def scarce_files(folder: str, seed: int, golds: int) -> None:
-    """seed_files, and of its 700 problems, in a folder of their own, written once:
-
-    problems.jsonl    all of them, the first `golds` with gold and the others with an answer alone
-    first.jsonl       the golds, and OWN right answers of the base model to other problems
-    start             the start model: the base after SFT on first.jsonl
-    second.jsonl      the golds, and the start model's right answers to other problems"""
-    base = os.path.join(seed_files(folder, seed), "base")
-    everything = read(os.path.join(folder, str(seed), "all-700.jsonl"))
-    with_gold, others = everything[:golds], everything[golds:]
-    at = golds_folder(folder, seed, golds)
-    first, second, problems = (
-        os.path.join(at, f"{name}.jsonl") for name in ("first", "second", "problems"))
+    start                  the start model: the base after SFT on golds-0.jsonl
+    golds-MORE.jsonl       the first 75 + `more` with gold, and OWN right answers of the base to
+                           others that are not among these 75
+    problems-MORE.jsonl    all 700, the first 75 + `more` with gold, the rest with an answer alone
+    own-MORE.jsonl         the same golds, and right answers of the start model to the rest"""
+    at = seed_files(folder, seed)
+    base, start, first, of_base, of_start = (os.path.join(at, name) for name in (
+        "base", "start", "golds-0.jsonl", "of-base.jsonl", "of-start.jsonl"))
+    problems = read(os.path.join(at, "all-700.jsonl"))
     if not os.path.exists(first):
-        write(problems, with_gold + list(map(answer_alone, others)))
-        own = own_answers(base, others, at)
-        write(first, with_gold + random.Random(seed).sample(own, min(OWN, len(own))))
-    finish(os.path.join(at, "start"), [
-        "--algo", "sft", "--model", base, "--data", first,
-        *shlex.split(REGIME), "--steps", "600", "--lr", "1e-3", "--seed", str(seed)])
-    if not os.path.exists(second):
-        own = own_answers(os.path.join(at, "start", "model"), others, at)
-        write(second, with_gold + own)
+        answers = own_answers(base, problems[GOLDS:], of_base)
+        answers = random.Random(seed).sample(answers, min(OWN, len(answers)))
+        write(of_base, answers)
+        write(first, problems[:GOLDS] + answers)
+    finish(start, ["--algo", "sft", "--model", base, "--data", first, *shlex.split(REGIME),
+                   "--steps", "600", "--lr", "1e-3", "--seed", str(seed)])
+    if not os.path.exists(os.path.join(at, "own-0.jsonl")):
+        own_answers(os.path.join(start, "model"), problems[GOLDS:], of_start)
+    with_gold, rest = problems[:GOLDS + more], problems[GOLDS + more:]
+    unsolved = {r["question"] for r in rest}
+    write(os.path.join(at, f"golds-{more}.jsonl"), with_gold + read(of_base))
+    write(os.path.join(at, f"problems-{more}.jsonl"), with_gold + list(map(answer_alone, rest)))
+    write(os.path.join(at, f"own-{more}.jsonl"),
+          with_gold + [r for r in read(of_start) if r["question"] in unsolved])
 
 
-def own_answers(model: str, problems: list[dict], folder: str) -> list[dict]:
-    """The problems that a model solves in 8 tries, with a right answer as gold."""
-    if not problems:
-        return []
-    asked, kept = (os.path.join(folder, f"{name}.jsonl") for name in ("asked", "kept"))
+def own_answers(model: str, problems: list[dict], path: str) -> list[dict]:
+    """The problems that a model solves in 8 tries, with a right answer as gold; written there."""
     with contextlib.suppress(FileNotFoundError):
-        os.remove(kept)
+        os.remove(path)
+    asked = write(path + ".asked", problems)
     command = [sys.executable, os.path.join(ROOT, "evaluate.py"),
-               "--model", model, "--data", write(asked, problems), "--samples", "8",
-               "--max-new-tokens", "48", "--instruction", "", "--dtype", "float32",
-               "--keep-correct", kept]
+               "--model", model, "--data", asked, "--samples", "8", "--max-new-tokens", "48",
+               "--instruction", "", "--dtype", "float32", "--keep-correct", path]
     subprocess.run(command, check=True, capture_output=True)
-    return read(kept)
+    return read(path)
 
 
 # ---- golds ---------------------------------------------------------------------------------------
