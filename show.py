@@ -10,6 +10,7 @@ step on it, and prints what that changed. Nothing else is saved.
 """
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import sys
@@ -30,8 +31,9 @@ from train import Item, Run, collect, load_run, score, update
 
 def main():
     keep_freed_memory()
-    argv = sys.argv[1:]
-    page = take_page(argv)
+    page, argv = take_page(sys.argv[1:])
+    if {"-h", "--help"} & set(argv):
+        print(__doc__)    # train.py's flags follow
     if argv and not argv[0].startswith("-"):
         if page is None or len(argv) > 1:
             raise InputError("show.py RUN --html FILE: of a run it makes a page, and takes no "
@@ -50,19 +52,18 @@ def main():
     show(run, page)
 
 
-def take_page(argv: list[str]) -> str | None:
-    """Takes --html FILE out of the words of a command line, and returns FILE."""
-    if "--html" not in argv:
-        return None
-    i = argv.index("--html")
-    if i + 1 == len(argv) or argv[i + 1].startswith("-"):
+def take_page(argv: list[str]) -> tuple[str | None, list[str]]:
+    """--html's FILE, if it is there, and the other words of the command line."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--html", nargs="?", const="")
+    found, others = parser.parse_known_args(argv)
+    page = found.html
+    if page == "":
         raise InputError("--html: name the file, as in --html group.html")
-    page = argv[i + 1]
-    del argv[i:i + 2]
-    if os.path.isdir(page) or not os.access(os.path.dirname(page) or ".", os.W_OK):
+    if page and (os.path.isdir(page) or not os.access(os.path.dirname(page) or ".", os.W_OK)):
         raise InputError(f"--html {page}: cannot be written; it must be a file, in a folder that "
                          "exists and can be written to")
-    return page
+    return page, others
 
 
 def show(run: Run, page: str | None = None) -> None:

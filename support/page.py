@@ -15,6 +15,7 @@ import os
 import torch
 
 from gcpo import ADVANTAGE_EPS, group_advantages
+from plot import read_run
 from support.common import InputError, written_whole
 
 
@@ -83,33 +84,16 @@ def arithmetic(rewards: list[float], advantages: list[float], scale: str) -> str
 
 def page_of_run(folder: str, path: str) -> int:
     """The groups that a run logged, and its curves. Returns how many groups the page has."""
-    groups = []
     scale = "std"
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
         with open(os.path.join(folder, "run.json"), encoding="utf-8") as f:
             scale = json.load(f)["settings"]["algorithm"]["scale"]
-    for record in records_of(os.path.join(folder, "samples.jsonl")):
-        rows = []
-        for r in record.get("responses", ()):
-            tokens = r.get("tokens") or [r["text"]]    # an older run has the text alone
-            rows.append(page_row(
-                tokens, r.get("logprobs") or [None] * len(tokens), r["advantage"], r["rewards"],
-                r["is_gold"], r["finished"]))
-        if rows:
-            question = record["question"]
-            if not isinstance(question, str):
-                question = "\n".join(f"{m['role']}: {m['content']}" for m in question)
-            groups.append({
-                "step": record["step"],
-                "facts": [("question", question), ("answer", record["reference"])],
-                "arithmetic": arithmetic(
-                    [r["reward"] for r in rows], [r["advantage"] for r in rows], scale),
-                "rows": rows})
+    groups = logged_groups(os.path.join(folder, "samples.jsonl"), scale)
     if not groups:
         raise InputError(f"{folder}: samples.jsonl has no group yet")
     chosen = {round(i * (len(groups) - 1) / (MOST_GROUPS - 1)) for i in range(MOST_GROUPS)}
     groups = [group for i, group in enumerate(groups) if len(groups) <= MOST_GROUPS or i in chosen]
-    metrics = list(records_of(os.path.join(folder, "metrics.jsonl")))
+    metrics = read_run(folder)
     curves = []
     for name in CURVES:
         points = [(m["step"], m[name]) for m in metrics if m.get(name) is not None]
@@ -119,19 +103,42 @@ def page_of_run(folder: str, path: str) -> int:
     return len(groups)
 
 
-def records_of(path: str):
-    """The complete lines of a run's log; a last one that is cut off is passed over."""
+def logged_groups(path: str, scale: str) -> list[dict]:
+    """What the page shows of each line of a run's samples; a last one that is cut off is passed
+    over."""
     try:
         with open(path, encoding="utf-8") as f:
             lines = f.readlines()
     except OSError as e:
         raise InputError(f"{path}: cannot be read ({e.strerror})") from None
+    groups = []
     for number, line in enumerate(lines, 1):
+        if not line.endswith("\n"):    # a run that is being written
+            break
         try:
             record = json.loads(line)
-            record["step"] + 0    # a number
-        except (ValueError, TypeError, KeyError):
-            if number == len(lines):    # a run that is being written
-                return
-            raise InputError(f"{path}, line {number}: is no record of a run") from None
-        yield record
+            if record.get("responses"):
+                groups.append(logged_group(record, scale))
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            raise InputError(
+                f"{path}, line {number}: is no group that a run has logged") from None
+    return groups
+
+
+def logged_group(record: dict, scale: str) -> dict:
+    """Raises KeyError and the like if it is none."""
+    rows = []
+    for r in record["responses"]:
+        tokens = r.get("tokens") or [r["text"]]    # an older run has the text alone
+        rows.append(page_row(
+            tokens, r.get("logprobs") or [None] * len(tokens), float(r["advantage"]),
+            float(r["rewards"]), r["is_gold"], r["finished"]))
+    question = record["question"]
+    if not isinstance(question, str):
+        question = "\n".join(f"{m['role']}: {m['content']}" for m in question)
+    return {
+        "step": int(record["step"]),
+        "facts": [("question", question), ("answer", record["reference"])],
+        "arithmetic": arithmetic(
+            [r["reward"] for r in rows], [r["advantage"] for r in rows], scale),
+        "rows": rows}

@@ -12,6 +12,7 @@ import pytest
 from test_train import metrics_of, train_with
 
 from support.common import InputError
+from show import take_page
 from support.page import page_of_run, page_row, write_page
 
 
@@ -130,13 +131,26 @@ def test_what_cannot_be_is_one_line(tmp_path):
     with pytest.raises(InputError, match="samples.jsonl: cannot be read"):
         page_of_run(str(tmp_path), str(tmp_path / "x.html"))
     (tmp_path / "metrics.jsonl").write_text("")
-    for text, why in (("", "no group"), ("{}\n[1]\n{}\n", "line 1"), ('{"step": 1}\n', "no group")):
+    a_row = '{"text": "a", "rewards": 1, "is_gold": false, "finished": true}'
+    no_advantage = '{"step": 1, "question": "q", "reference": "1", "responses": [%s]}\n' % a_row
+    for text, why in (
+            ("", "no group"), ("[1]\n", "line 1"), ('{"step": 1}\n', "no group"),
+            ('{"step": 1}\n' + no_advantage, "line 2"), ('{"responses": [1]}\n', "line 1"),
+            ('{"step": 1, "resp', "no group")):
         (tmp_path / "samples.jsonl").write_text(text)
         with pytest.raises(InputError, match=why):
             page_of_run(str(tmp_path), str(tmp_path / "x.html"))
-    for words in (["--html"], ["--html", str(tmp_path)], [str(tmp_path)],
+    for words in (["--html"], ["--html="], ["--html", str(tmp_path)], [f"--html={tmp_path}"],
+                  [str(tmp_path)],
                   [str(tmp_path), "--html", str(tmp_path / "x.html"), "--seed", "1"]):
         done = subprocess.run(
             [sys.executable, os.path.join(ROOT, "show.py"), *words], capture_output=True, text=True)
         assert done.returncode == 2 and done.stderr.count("\n") == 1, (words, done.stderr)
     assert not (tmp_path / "x.html").exists()
+
+
+def test_both_spellings_of_the_flag():
+    """--html FILE and --html=FILE, before or after train.py's flags. (Bug: one of them refused.)"""
+    for words in (["--html", "x.html", "--seed", "1"], ["--seed", "1", "--html=x.html"]):
+        assert take_page(words) == ("x.html", ["--seed", "1"])
+    assert take_page(["runs/a"]) == (None, ["runs/a"])
