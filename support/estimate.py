@@ -45,9 +45,20 @@ class Need(NamedTuple):
 def needs(shape: ModelConfig, config, place: Circumstances) -> Need:
     """Of a run of options.Config `config` with a model of this shape. Within 15 % of
     what was used (python -m pytest -m slow tests/test_memory.py)."""
+    masters, gradients, copies = of_weights(shape, config, place)
+    return Need(
+        masters=masters,
+        gradients=gradients,
+        copies=copies,
+        rollouts=of_rollouts(shape, config, place),
+        update=of_update(shape, config, place),
+        program=0 if place.device == "cuda" else 0.4 * 2**30)
+
+
+def of_weights(shape: ModelConfig, config, place: Circumstances) -> tuple[float, float, float]:
+    """Masters, gradients and copies, as Need has them."""
     n, of_rank_1 = count_parameters(shape)
     size = place.dtype.itemsize
-    on_gpu = place.device == "cuda"
     if config.lora_rank:    # weights and moments of low rank, and the matrices that stay
         m = config.lora_rank * of_rank_1
         masters = (4 + 8) * m + size * n
@@ -57,24 +68,33 @@ def needs(shape: ModelConfig, config, place: Circumstances) -> Need:
         masters = (4 + 2 + 8) * n / place.processes
         gradients = 4 * n / place.processes
     is_copy = place.dtype != torch.float32 or config.shard or config.lora_rank > 0
-    # While a CPU samples, it holds the weights once more, laid out for its products.
-    packed = 0 if on_gpu else size * n
-    V, D = shape.vocab_size, shape.hidden_size
+    return masters, gradients, size * n * (is_copy + place.has_reference)
 
+
+def of_rollouts(shape: ModelConfig, config, place: Circumstances) -> float:
+    """Caches and logits; and on a CPU the weights once more, laid out for its products."""
+    size = place.dtype.itemsize
     rows = min(config.rows or MOST_ROWS, config.prompts * config.group_size)
     columns = config.max_new_tokens + place.prompt
     per_column = 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim * size
-    rollouts = rows * (columns * per_column + 28 * V)
+    packed = 0 if place.device == "cuda" else size * count_parameters(shape)[0]
+    return rows * (columns * per_column + 28 * shape.vocab_size) + packed
 
-    in_pass = min(config.rows_per_pass, config.prompts * place.group)
-    prompts = max(1, in_pass // place.group)
-    tokens = in_pass * config.max_new_tokens + prompts * place.prompt
-    keys = tokens + in_pass * place.prompt
-    # What backward needs of each token in each block: around the norms and the residual 4 D, in the
-    # MLP 4 I, and around attention 3 H·d (5 where it goes by products) and 2 K·d of each key.
+
+def of_update(shape: ModelConfig, config, place: Circumstances) -> float:
+    """What backward needs of one pass."""
+    size, on_gpu = place.dtype.itemsize, place.device == "cuda"
+    V, D = shape.vocab_size, shape.hidden_size
+    rows = min(config.rows_per_pass, config.prompts * place.group)
+    prompts = max(1, rows // place.group)
+    tokens = rows * config.max_new_tokens + prompts * place.prompt
+    keys = tokens + rows * place.prompt
+    # Of each token in each block: around the norms and the residual 4 D, in the MLP 4 I, and around
+    # attention 3 H·d (5 where it goes by products) and 2 K·d of each key.
     width = shape.num_attention_heads * shape.head_dim
-    block = size * (tokens * (4 * D + 4 * shape.intermediate_size + (3 if on_gpu else 5) * width)
-                    + keys * 2 * shape.num_key_value_heads * shape.head_dim)
+    of_token = 4 * D + 4 * shape.intermediate_size + (3 if on_gpu else 5) * width
+    of_key = 2 * shape.num_key_value_heads * shape.head_dim
+    block = size * (tokens * of_token + keys * of_key)
     blocks = shape.num_hidden_layers * block
     if config.gradient_checkpointing and on_gpu:
         blocks = block + shape.num_hidden_layers * tokens * D * size
@@ -82,18 +102,10 @@ def needs(shape: ModelConfig, config, place: Circumstances) -> Need:
         blocks *= 0.4    # measured: what one block frees seldom fits what the next wants
     logits = (4 + 4 + size) * min(LOGITS_AT_ONCE[place.device], tokens * V)
     # The last layer's gradient, and on a GPU, where it comes chunk by chunk, a part of it besides
-    of_output = (4 + 2 * size * on_gpu) * V * D
-    if config.lora_rank:
-        of_output = 0
+    of_output = 0 if config.lora_rank else (4 + 2 * size * on_gpu) * V * D
     # What was freed does not always fit what comes next.
     kept = 1.1 if on_gpu else 1.8
-    return Need(
-        masters=masters,
-        gradients=gradients,
-        copies=size * n * (is_copy + place.has_reference),
-        rollouts=rollouts + packed,
-        update=kept * blocks + logits + of_output,
-        program=0 if on_gpu else 0.4 * 2**30)
+    return kept * blocks + logits + of_output
 
 
 def estimate(config, algorithm, shape: ModelConfig, prompts, device, dtype) -> Need:
@@ -137,11 +149,18 @@ def free_bytes(device: torch.device) -> float:
     except (OSError, KeyError, ValueError):
         return math.inf
     try:    # a container may have less
-        with open("/sys/fs/cgroup/memory.max") as limit, \
-                open("/sys/fs/cgroup/memory.current") as used:
-            return min(free, int(limit.read()) - int(used.read()))
-    except (OSError, ValueError):
+        limit, used = (read_number(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
+        with open("/sys/fs/cgroup/memory.stat") as f:
+            numbers = dict(line.split() for line in f)
+        of_files = int(numbers["inactive_file"])    # which the kernel gives back when asked
+        return min(free, limit - used + of_files)
+    except (OSError, KeyError, ValueError):
         return free
+
+
+def read_number(path: str) -> int:
+    with open(path) as f:
+        return int(f.read())
 
 
 def warn_if_too_large(config, algorithm, shape: ModelConfig, prompts, device, dtype) -> None:

@@ -1,4 +1,5 @@
 """The estimate of memory, which the start line says before a run, against what the run uses."""
+import io
 import json
 import math
 import os
@@ -81,3 +82,17 @@ def test_no_proc_is_no_error(monkeypatch):
         raise FileNotFoundError
     monkeypatch.setattr("builtins.open", none)
     assert estimate.free_bytes(torch.device("cpu")) == math.inf
+
+
+def test_a_containers_limit_counts_without_its_file_cache(monkeypatch):
+    """In a container what is free is its limit, less what is used, but for files that the kernel
+    only keeps for later. (Bug: a run refused because its own model file had been read before.)"""
+    files = {
+        "/proc/meminfo": "MemTotal: 64 kB\nMemAvailable: 50 kB\n",
+        "/sys/fs/cgroup/memory.max": "40960\n",
+        "/sys/fs/cgroup/memory.current": "30720\n",
+        "/sys/fs/cgroup/memory.stat": "anon 10240\ninactive_file 20480\n"}
+    monkeypatch.setattr("builtins.open", lambda path: io.StringIO(files[path]))
+    assert estimate.free_bytes(torch.device("cpu")) == 30720
+    files["/sys/fs/cgroup/memory.max"] = "max\n"
+    assert estimate.free_bytes(torch.device("cpu")) == 50 * 1024
