@@ -748,8 +748,9 @@ def gold_lengths(path: str) -> list[int]:
 
 def real(args):
     """The tables of what docs/run_real.sh has left in --work: one row per model, mean@k ± standard
-    error on each set; then one row per training run."""
-    kept = os.path.join(ROOT, "docs", "runs", "real")
+    error on each set; then one row per training run. docs/runs/ keeps what they are made of."""
+    name = os.path.basename(os.path.abspath(args.work))    # real, or contrast
+    kept = os.path.join(ROOT, "docs", "runs", name)
     os.makedirs(kept, exist_ok=True)
     if os.path.samefile(kept, args.work):
         sys.exit(f"error: --work {args.work} holds what was kept of runs; name the folder of the "

@@ -8,8 +8,8 @@
 # evaluated. Paths are from the repository's root. By environment:
 #
 #   ARMS      arms to run           (sft grpo dapo gspo srpo luffy dpo gcpo sft_gcpo)
-#             each "preset", "preset:its steps" or "preset:its steps:flag=value,flag=value" (no /
-#             in values), as in gcpo:200:lr=5e-5
+#             each "preset", "preset:its steps" or "preset:its steps:flag=value,flag=value", as in
+#             gcpo:200:lr=5e-5
 #   STEPS     steps of an arm that names none              (200)
 #   SEEDS     "0 1"                                        (0)
 #   FLAGS     of every training run                        (--prompts 16 --group-size 8
@@ -77,7 +77,7 @@ evaluate base "$model"
 for seed in ${SEEDS:-0}; do
   for arm in $all_arms; do
     IFS=: read -r algo steps flags <<< "$arm"
-    name="${arm//:/-}-seed$seed"
+    name="${arm//[:\/]/-}-seed$seed"
     train_arm "$work/$name" "$algo" "${steps:-${STEPS:-200}}" "$seed" ${flags:+--${flags//,/ --}}
     evaluate "$name" "$work/$name/model"
   done

@@ -93,7 +93,7 @@ class Config:
                                    "large one, or several small ones; on a GPU by default as many "
                                    "as hold 8,192 tokens")
     gradient_checkpointing: bool = switch(False, "compute activations again in backward: less "
-                                                 "memory, about a third more time")
+                                                 "memory, 1.3 to 1.9 x the time of an update")
     shard: bool = switch(False, "each of torchrun's processes keeps only its part of fp32 weights, "
                                 "gradients and moments, beside a whole copy that samples")
 

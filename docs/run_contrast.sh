@@ -1,0 +1,52 @@
+#!/usr/bin/env bash
+# GRPO, GCPO and others on a real model that solves some problems and not others:
+#
+#     docs/run_contrast.sh MODEL GSM8K_TRAIN.jsonl [MORE_HELD_OUT.jsonl …]
+#
+# A small model solves next to nothing of GSM8K as it comes. So: SFT on short problems makes a start
+# model; then each arm goes on from it, on other short problems of which a quarter have gold and all
+# have answers. docs/run_real.sh runs and evaluates the arms; what is finished is skipped, and what
+# was cut off goes on. Two of this with different SEEDS may run side by side once `start` is there.
+# By environment:
+#
+#   ARMS      as in docs/run_real.sh      (grpo, gcpo, gold only, rft, sft for as long and for longer)
+#   SEEDS     "0 1"                       (0)
+#   STEPS     of an arm                   (30)
+#   WORK      where all of it lies        (runs/contrast)
+#   PYTHON    the interpreter             (.venv/bin/python)
+
+# shellcheck disable=SC2086    # variables that hold several flags stand without quotes
+set -euo pipefail
+
+if [ $# -lt 2 ]; then
+  sed -n '2,/^$/p' "$0"    # the comment above
+  exit 2
+fi
+model=$1
+problems=$2
+more=("${@:3}")
+
+cd "$(dirname "$0")/.."
+export PYTHON=${PYTHON:-.venv/bin/python}
+export WORK=${WORK:-runs/contrast}
+export STEPS=${STEPS:-30}
+data=$WORK/data
+common="--max-new-tokens 120 --threads 1"
+
+[ -f "$data/golds.jsonl" ] || $PYTHON docs/contrast_data.py "$problems" "$data"
+start=$WORK/start
+if [ ! -d "$start/model" ]; then
+  resume=
+  if [ -f "$start/run.json" ]; then resume=--resume; fi
+  $PYTHON train.py --model "$model" --data "$data/start.jsonl" --out "$start" --algo sft \
+    --prompts 16 --steps 100 --lr 1e-4 --lr-end 0.1 --warmup 8 --max-new-tokens 160 --threads 1 \
+    --save-every 20 $resume
+fi
+
+# SFT takes the same steps, and five times as many: about the seconds of GCPO's rollouts.
+golds=data=$data/golds.jsonl
+export ARMS=${ARMS:-grpo gcpo gcpo:$STEPS:gold-rivals=zero rft sft:$STEPS:$golds \
+  sft:$((5 * STEPS)):$golds}
+export FLAGS="--prompts 8 --group-size 8 --temperature 0.6 --lr 2e-5 --eval-every $STEPS $common"
+export EVAL="--samples 4 --temperature 0.6 $common"
+docs/run_real.sh "$start/model" "$data/rl.jsonl" "$data/held_out.jsonl" "${more[@]}"
