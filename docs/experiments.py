@@ -1,6 +1,6 @@
 """The experiments of docs/results.md, on the toy.
 
-    python docs/experiments.py toy|ablations|regimes|golds [--jobs 2] [--seeds 3]
+    python docs/experiments.py toy|ablations|regimes|golds|ranks [--jobs 2] [--seeds 3]
     python docs/experiments.py square|scarce|shares [--seeds 8]    as docs/plan.md says
     python docs/experiments.py real --work DIR     only the tables of what docs/run_real.sh has run
 
@@ -666,6 +666,52 @@ def own_answers(model: str, problems: list[dict], path: str) -> list[dict]:
     return read(path)
 
 
+# ---- ranks ---------------------------------------------------------------------------------------
+
+RANKS = {    # low rank, and the learning rates that were tried with it
+    "": ("1e-3", "2.5e-3"),
+    "4": ("2.5e-3", "1e-2"),
+    "16": ("2.5e-3", "1e-2"),
+    "64": ("2.5e-3", "1e-2")}
+
+
+def ranks(args):
+    """SFT in low rank and in full, twice: the toy from random weights, which has everything to
+    learn; and 300 problems with gold for a model that solves easy ones, as in `square`."""
+    folder = os.path.join(args.work, "seeds")
+    for seed in range(args.seeds):
+        seed_files(folder, seed)
+
+    def from_warm(flags):
+        return lambda seed: [
+            *shlex.split(REGIME), *flags, "--model", os.path.join(folder, str(seed), "base"),
+            "--data", os.path.join(folder, str(seed), "near-300.jsonl")]
+
+    settings, random_arms, warm_arms = {}, {}, {}
+    for rank, rates in RANKS.items():
+        for lr in rates:
+            name = f"{rank or 'full'}-{lr}"
+            settings[name] = (rank or "full", lr)
+            flags = ["--algo", "sft", "--lr", lr, *(["--lora-rank", rank] if rank else [])]
+            random_arms[name] = flags
+            warm_arms[name] = from_warm(flags)
+    cold = run_all("ranks-random", random_arms, args)
+    run_all("ranks-warm", warm_arms, args)
+    warm = {}
+    for name in settings:
+        warm[name] = [
+            measured_once(run_folder("ranks-warm", name, seed, args),
+                          {kind: os.path.join(folder, str(seed), f"{kind}.jsonl")
+                           for kind in EACH_SEED})
+            for seed in range(args.seeds)]
+    shown, rates = zip(*settings.values())
+    table({
+        "rank": shown, "learning rate": rates,
+        "from random weights: held out": column(cold, accuracy),
+        "from a warm model: easy": column(warm, itemgetter("easy")),
+        "hard": column(warm, itemgetter("hard"))})
+
+
 # ---- golds ---------------------------------------------------------------------------------------
 
 def golds(args):
@@ -846,6 +892,7 @@ EXPERIMENTS = {
     "square": square,
     "scarce": scarce,
     "shares": shares,
+    "ranks": ranks,
     "golds": golds,
     "real": real,
 }

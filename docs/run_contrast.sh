@@ -6,7 +6,8 @@
 # A small model solves next to nothing of GSM8K as it comes. So: SFT on short problems makes a start
 # model; then each arm goes on from it, on other short problems of which a quarter have gold and all
 # have answers. docs/run_real.sh runs and evaluates the arms; what is finished is skipped, and what
-# was cut off goes on. Two of this with different SEEDS may run side by side once `start` is there.
+# was cut off goes on. Two of this with different SEEDS, and OMP_NUM_THREADS=1, may run side by side once `start` and its
+# evaluation are there.
 # By environment:
 #
 #   ARMS      as in docs/run_real.sh      (grpo, gcpo, gold only, rft, sft for as long and for longer)
@@ -31,7 +32,7 @@ export PYTHON=${PYTHON:-.venv/bin/python}
 export WORK=${WORK:-runs/contrast}
 export STEPS=${STEPS:-30}
 data=$WORK/data
-common="--max-new-tokens 120 --threads 1"
+common="--max-new-tokens 120"
 
 [ -f "$data/golds.jsonl" ] || $PYTHON docs/contrast_data.py "$problems" "$data"
 start=$WORK/start
@@ -39,7 +40,7 @@ if [ ! -d "$start/model" ]; then
   resume=
   if [ -f "$start/run.json" ]; then resume=--resume; fi
   $PYTHON train.py --model "$model" --data "$data/start.jsonl" --out "$start" --algo sft \
-    --prompts 16 --steps 100 --lr 1e-4 --lr-end 0.1 --warmup 8 --max-new-tokens 160 --threads 1 \
+    --prompts 16 --steps 100 --lr 1e-4 --lr-end 0.1 --warmup 8 --max-new-tokens 160 \
     --save-every 20 $resume
 fi
 
