@@ -90,7 +90,7 @@ def rope_frequencies(config: ModelConfig, device: torch.device) -> Tensor:
         place = lambda turns: (
             d * math.log(original / (2 * math.pi * turns)) / (2 * math.log(config.rope_theta)))
         first, last = max(math.floor(place(fast)), 0), min(math.ceil(place(slow)), d - 1)
-        slowed = ((torch.arange(d // 2) - first) / max(last - first, 1e-3)).clamp(0, 1)
+        slowed = ((torch.arange(d // 2) - first) / (last - first or 1e-3)).clamp(0, 1)
         freq = (1 - slowed) * freq + slowed * freq / factor
     return freq.to(device)
 

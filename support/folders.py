@@ -65,6 +65,14 @@ SIZE_LIMITS = {
     "no_rope_layer_interval": 2**10,
 }
 
+ONLY = {    # fields that may have these values only; the first is that of a file without them
+    "hidden_act": ("silu",),
+    "is_causal": (True,),
+    "transformers_weights": (None, "model.safetensors"),    # other files to be read
+    "configuration_files": (None, []),
+    "partial_rotary_factor": (1.0,),
+}
+
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", "generation_config.json")
@@ -108,8 +116,8 @@ class ConfigFile:
     def number(self, name: str, default: float | None = None, where: dict | None = None) -> float:
         value = (self.raw if where is None else where).get(name, default)
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not is_number or not 0 < value < 1e300:
-            self.refuse(f"{name} is {value!r}; expected a positive number")
+        if not is_number or not 1e-30 < value < 1e30:    # fp32 holds it and its reciprocal
+            self.refuse(f"{name} is {value!r}; expected a positive number of ordinary size")
         return float(value)
 
 
@@ -124,8 +132,10 @@ def read_settings(folder: str) -> dict:
     family = FAMILIES[name]
     if raw.get("quantization_config"):
         file.refuse("quantized weights are not supported; use the unquantized model")
-    if raw.get("hidden_act", "silu") != "silu":
-        file.refuse(f"hidden_act {raw['hidden_act']!r} is not supported (supported: silu)")
+    for field, supported in ONLY.items():
+        if raw.get(field, supported[0]) not in supported:
+            file.refuse(f"{field} {raw[field]!r} is not supported (supported: "
+                        f"{', '.join(map(repr, supported))})")
 
     heads = file.size("num_attention_heads")
     width = file.size("hidden_size")
@@ -222,9 +232,11 @@ def rope_parameters(file: ConfigFile, theta: float) -> dict:
     rope |= file.raw.get("rope_scaling") or file.raw.get("rope_parameters") or {}
     if any(isinstance(value, dict) for value in rope.values()):
         file.refuse("rope parameters that differ between layers are not supported")
-    partial = file.raw.get("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0))
-    if partial != 1.0:
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
         file.refuse("partial_rotary_factor is not supported")
+    longest = "original_max_position_embeddings"
+    if longest in rope and file.raw.get(longest, rope[longest]) != rope[longest]:
+        file.refuse(f"{longest} stands there twice, with two values")
     return rope
 
 

@@ -70,6 +70,14 @@ ROPE = {
         "factor": 4.0,
         "original_max_position_embeddings": 128,
     },
+    "yarn-swapped": {    # the waves to keep and those to slow change places
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "factor": 4.0,
+        "beta_fast": 1.0,
+        "beta_slow": 32.0,
+        "original_max_position_embeddings": 128,
+    },
     "yarn-given": {
         "rope_type": "yarn",
         "rope_theta": 500.0,

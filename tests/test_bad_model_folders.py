@@ -251,6 +251,26 @@ CASES = {
     ),
     "gelu": (config(hidden_act="gelu"), ["config.json", "hidden_act", "gelu"]),
     "partial-rotary": (config(partial_rotary_factor=0.5), ["config.json", "partial_rotary_factor"]),
+    "partial-rotary-inside": (
+        config(partial_rotary_factor=1.0, rope_scaling={
+            "rope_type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5}),
+        ["config.json", "partial_rotary_factor"],
+    ),
+    "both-ways": (config(is_causal=False), ["config.json", "is_causal", "False"]),
+    "both-ways-null": (config(is_causal=None), ["config.json", "is_causal"]),
+    "other-weights": (
+        config(transformers_weights="other.safetensors"),
+        ["config.json", "transformers_weights", "other.safetensors"],
+    ),
+    "other-config": (
+        config(configuration_files=["config.4.0.0.json"]), ["config.json", "configuration_files"]),
+    "two-lengths": (
+        config(original_max_position_embeddings=16, rope_scaling={
+            "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}),
+        ["config.json", "original_max_position_embeddings", "two values"],
+    ),
+    "granite-logits-by-next-to-nothing": (
+        family("granite", logits_scaling=1e-39), ["config.json", "logits_scaling"]),
     # --- a sliding window that is on
     "mistral-window": (family("mistral", sliding_window=16), ["config.json", "sliding window"]),
     "mistral-window-text": (family("mistral", sliding_window="16"), ["config.json", "sliding"]),

@@ -90,6 +90,7 @@ QWEN2_CASES = {    # biases on q, k and v, none on o
     ),
     "qwen2-llama3": dict(rope="llama3", hidden_size=32),
     "qwen2-yarn": dict(rope="yarn", hidden_size=64),
+    "qwen2-yarn-swapped": dict(rope="yarn-swapped", hidden_size=64),
 }
 QWEN3_CASES = {    # norms on q and k
     "qwen3": dict(head_dim=8),
