@@ -18,7 +18,8 @@ One importance ratio per sequence (as in GSPO), no KL penalty, no value network,
 
 We had the paper's abstract and its authors' summaries, not its method section. They are clear on
 four points: gold only if all rollouts fail, one rollout replaced, a sequence-level ratio, no KL.
-Everything else is our choice, and a switch of `Algorithm`:
+Advantages and aggregation follow another paper's table (README, "What the paper leaves open"). The
+rest is our choice. Each is a switch of `Algorithm`:
 
     gold_slot     a random wrong rollout gives way; `longest` would spare long failures their
                   negative gradient, which is a length bias
@@ -125,8 +126,8 @@ class Algorithm:
     aggregation: str = switch("row_mean", "mean over rows of token means | mean over the update's "
                                           "tokens | sum over (rows · max_new_tokens)",
                               ("row_mean", "token_mean", "fixed_length"))
-    kl_coef: float = switch(0.0, "weight of a KL penalty of the rollouts against the frozen start "
-                                 "model (loaded only if needed), in groups with contrast")
+    kl_coef: float = switch(0.0, "weight of a KL penalty of the rollouts against the frozen "
+                                 "reference, the model as it came, in groups with contrast")
     objective: str = switch("clipped", "the clipped surrogate; cispo: the clipped ratio, without "
                                        "gradient, times A · log π; or DPO's loss of pairs: each "
                                        "response above its group's mean reward with each below",
@@ -168,7 +169,7 @@ class Algorithm:
 
     @property
     def needs_reference(self) -> bool:
-        """Whether the loss looks at the frozen start model."""
+        """Whether the loss looks at the frozen reference, the model as it came."""
         return self.kl_coef > 0 or self.objective == "pairs"
 
 
@@ -294,11 +295,11 @@ def group_advantages(rewards: Tensor, scale: str = "std") -> Tensor:
 def advantages_of(group: Group, algorithm: Algorithm) -> Tensor:
     """Advantages (G,) of a group that is trained on, with gold in it if it gets any.
 
-    If all of 8 rollouts are wrong, the switches span a square, (gold's; each wrong one's):
+    If all of 8 rollouts are wrong, the presets have (gold's; each wrong one's):
 
-                          negatives keep theirs     negatives get 0
-        with a gold row   GCPO   2.474; −0.354      DyME   1; 0
-        without           NGRPO  −0.333             GRPO   0                               """
+                          wrong rows pushed down    wrong rows at 0
+        with a gold row   gcpo   2.474; −0.354      dyme   1; 0
+        without           ngrpo  −0.333             grpo   0                               """
     rewards, when = group.rewards, algorithm.virtual_right
     if when == "always" or (when == "all_wrong" and not group.correct.any()):
         rewards = torch.cat([rewards, rewards.new_ones(1)])                         # (G + 1,)
@@ -401,7 +402,7 @@ class LossContext(NamedTuple):
     total_tokens: float
     max_new_tokens: int | None = None       # for aggregation="fixed_length"
     is_gold: Tensor | None = None           # (N,) bool; None: no row is gold
-    ref_logprobs: Tensor | None = None      # (N, T), of the frozen start model
+    ref_logprobs: Tensor | None = None      # (N, T), of the frozen reference
 
 
 def policy_loss(
@@ -435,7 +436,7 @@ def policy_loss(
         clipped = (ratio < low) | (ratio > high)                                     # (N, T)
         surrogate = bound * advantage * logprobs
     else:
-        # The least of ratio · A and clip(ratio) · A. Where it is the second, there is no gradient.
+        # The smaller of ratio · A and clip(ratio) · A. If it is the second, there is no gradient.
         clipped = is_clipped(ratio, low, high, advantage)                            # (N, T)
         surrogate = torch.where(clipped, bound, ratio) * advantage
     token_loss = -surrogate                                                          # (N, T)

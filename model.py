@@ -56,7 +56,7 @@ class ModelConfig:
     norm_after: bool             # norms of what attention and MLP give, not of what they get
     rope_theta: float
     rope_scaling: tuple | None   # its kind, "linear", "llama3" or "yarn", and the kind's numbers
-    rope_length: float           # of the vectors that turn; 1 but for yarn
+    rope_length: float           # factor of cos and sin, yarn's; 1 elsewhere
     layers_without_rope: tuple[int, ...]
     # Granite's factors, 1 elsewhere: of the embedding, of queries (whose products with keys are
     # divided by √d as everywhere), of what a block adds, and of the last hidden state.
@@ -262,7 +262,7 @@ class Transformer(nn.Module):
 # ---- Model folders -------------------------------------------------------------------------------
 
 def read_config(folder: str) -> ModelConfig:
-    """Of a folder's config.json. Raises InputError, by name, for all that the code above would
+    """Read a folder's config.json. Raises InputError, by name, for all that the code above would
     compute wrongly."""
     return ModelConfig(**folders.read_settings(folder))
 

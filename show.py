@@ -6,7 +6,7 @@
     python show.py RUN --html run.html           the groups that a run has logged, step by step
 
 Samples one group, prints each row with its reward, advantage, ratio and log-probability, takes one
-step on it, and prints what that changed. Nothing else is saved.
+step on it, and prints what that changed. Saves nothing but --html's page.
 """
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from support.checkpoint import State
 from support.common import InputError, exit_cleanly
 from support.cpu import keep_freed_memory
 from support.options import parse_flags, place_run, set_up_process
-from support.page import arithmetic, page_of_run, page_row, write_page
+from support.page import arithmetic, as_text, page_of_run, page_row, write_page
 from train import Item, Run, collect, load_run, score, update
 
 
@@ -82,14 +82,14 @@ def show(run: Run, page: str | None = None) -> None:
     after = score(run.policy, [item], run.config)[0]     # (G, T)
 
     print()
-    print(f"question   {item.problem.question}")
+    print(f"question   {as_text(item.problem.question)}")
     print(f"answer     {item.problem.answer}")
     print(f"prompt     {len(item.group.prompt)} tokens, not part of the loss")
     print_table(run, item, before, after)
     step = "no contrast: every advantage is 0, so there is no step"
     if norm is not None:
         step = (f"loss {sums['loss']:.4f} ({why(run, item)}), gradient norm {norm:.3g}, "
-                f"learning rate {run.config.lr:g} (in training it is warmed up to)")
+                f"learning rate {run.config.lr:g}")
     print(f"\n{step}")
     print_responses(run, item.group)
     if page:
@@ -122,7 +122,7 @@ def page_group(
                  "would not push them on.")
     return {
         "step": 1,
-        "facts": [("question", str(item.problem.question)), ("answer", item.problem.answer),
+        "facts": [("question", as_text(item.problem.question)), ("answer", item.problem.answer),
                   ("the step", step)],
         "arithmetic": arithmetic(
             group.rewards.tolist(), item.advantages.tolist(), run.algorithm.scale) + words,
@@ -154,13 +154,15 @@ def why(run: Run, item: Item) -> str:
     if run.algorithm.objective == "cispo":
         return "a weight times advantage times log p, whose gradient alone means something"
     if run.algorithm.train_on != "rollouts":
+        if run.algorithm.aggregation == "fixed_length":
+            return "ratio and advantage are 1: minus tokens / (rows · max_new_tokens)"
         return "−1 by construction, ratio times advantage"
     if run.algorithm.objective == "pairs":
         return "log 2 where a model is its own reference"
+    if run.algorithm.gold_old == "one" and item.group.is_gold.any():
+        return "gold's ratio is not 1"
     if abs(item.advantages.sum()) > 1e-3:
         return "ratios are 1, but here advantages do not add up to 0"
-    if run.algorithm.gold_old == "one":
-        return "advantages add up to 0, but gold's ratio is not 1"
     if run.algorithm.aggregation != "row_mean":
         return "ratios are 1 and advantages add up to 0, but long rows weigh more"
     return "about 0 for a mean over rows, as ratios are 1 and advantages add up to 0"

@@ -24,10 +24,10 @@ def main():
         path = os.path.join(ROOT, "docs", "runs", f"{name}.jsonl")
         if os.path.exists(path):
             draw_arms(read(path), os.path.join(ROOT, "docs", f"{name}.png"))
-    path = os.path.join(ROOT, "docs", "runs", "shares.jsonl")
-    if os.path.exists(path):
-        scarce = read(os.path.join(ROOT, "docs", "runs", "scarce.jsonl"))
-        draw_shares(scarce, read(path), os.path.join(ROOT, "docs", "shares.png"))
+    scarce, shares = (os.path.join(ROOT, "docs", "runs", f"{name}.jsonl")
+                      for name in ("scarce", "shares"))
+    if os.path.exists(scarce) and os.path.exists(shares):
+        draw_shares(read(scarce), read(shares), os.path.join(ROOT, "docs", "shares.png"))
 
 
 def interval(values: list[float]) -> tuple[float, float]:
@@ -41,7 +41,7 @@ def interval(values: list[float]) -> tuple[float, float]:
 def draw_arms(lines: list[dict], path: str) -> None:
     """Held-out accuracy of each arm at each rate: a panel for easy locks, and one for hard ones."""
     arms = list(dict.fromkeys(line["arm"] for line in lines))
-    rates = sorted({line["lr"] for line in lines}, key=float)
+    rates = sorted({line["lr"] for line in lines} - {"–"}, key=float) + ["–"]    # the start model
     figure, axes = plt.subplots(1, 2, figsize=(11, 0.36 * len(arms) + 1.4), sharey=True)
     for axis, kind in zip(axes, ("easy", "hard")):
         for k, rate in enumerate(rates):
@@ -68,10 +68,10 @@ def draw_arms(lines: list[dict], path: str) -> None:
 
 
 def draw_shares(scarce: list[dict], shares: list[dict], path: str) -> None:
-    """Held-out accuracy against the share of the 625 problems that have gold, a curve an arm."""
+    """Held-out accuracy against the share of `scarce`'s other 625 problems that have gold."""
     of_share = {0: [line for line in scarce if line["lr"] == "6e-4"]}
     for more in SHARES:
-        of_share[more] = [line for line in shares if line["lr"] == str(more)]
+        of_share[more] = [line for line in shares if line["golds"] == str(more)]
     arms = list(dict.fromkeys(line["arm"] for line in shares))
     unknown = 2 * HALF - GOLDS
     figure, axes = plt.subplots(1, 2, figsize=(11, 4))
@@ -88,7 +88,7 @@ def draw_shares(scarce: list[dict], shares: list[dict], path: str) -> None:
         if gspo:
             axis.axhline(statistics.mean(gspo), color="0.4", ls="--", lw=1, label="GSPO, no gold")
         axis.set_xticks(range(len(of_share)), [f"{more / unknown:.0%}" for more in of_share])
-        axis.set_xlabel("problems with gold that SFT had not seen")
+        axis.set_xlabel("share of the other problems that have gold")
         axis.set_title(f"{kind} locks, held out: right, %")
     axes[1].legend(fontsize=8)
     figure.tight_layout()

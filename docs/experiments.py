@@ -437,7 +437,8 @@ EACH_SEED = {"easy": 40, "hard": 200}    # held-out locks; each seed has its own
 HALF = 350                               # easy problems, and hard ones, of `scarce`
 GOLDS = 75                               # so many of its hard problems have gold
 OWN = 150                                # of the base model's right answers help to make its start
-SHARES = (20, 50, 190, 625)              # of the other 625, with gold that SFT has not seen
+SHARES = (20, 50, 190, 625)              # so many of the other 625 have gold too
+START = "the start model"
 SFT_EQUAL = "SFT, GCPO's seconds"
 EQUAL_STEPS = 750           # of SFT take as long as 150 of GCPO (10.4 and 52.0 s for 150, alone)
 EQUAL_STEPS_SCARCE = 540    # after SFT, whose rollouts are shorter (17.4 and 63.4 s)
@@ -455,11 +456,13 @@ WITHOUT_GOLD = {
     "NGRPO": "--algo ngrpo",
     "GSPO": "--algo gspo",
     "SFT, then GSPO": "--algo gspo --sft-share 0.5"}
-PRIMARY = {    # each on hard locks, paired by seed, at each learning rate that both arms have
+COMPARED = {    # on hard locks, paired by seed (docs/plan.md says which of them are primary)
     "square": (("GCPO", "gold, no negatives"), ("GCPO", "negatives, no gold")),
     "scarce": (("GCPO", "gold, no negatives"), ("GCPO", "GSPO"), ("GCPO", "RFT, one round")),
     "shares": (("GCPO", SFT_EQUAL), ("GCPO", "gold, no negatives"), ("GCPO", "RFT, one round"))}
-T_975 = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)    # 1 … 9 degrees
+T_975 = (    # Student's t with 1, 2, … degrees of freedom
+    12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160,
+    2.145, 2.131, 2.120, 2.110, 2.101, 2.093)
 
 
 def square(args):
@@ -487,21 +490,19 @@ def scarce(args):
 
 
 def shares(args):
-    """From the same start model, with gold for more of the problems. In the lines and the table
-    their number stands where the others have the learning rate, which is 6e-4 in all."""
+    """From the same start model, with gold for more of the problems, at 6e-4."""
     folder = os.path.join(args.work, "seeds")
     sampling = {name: WITH_GOLD[name] for name in ("GCPO", "gold, no negatives")}
     arms = {}
     for more in SHARES:
         of_share = scarce_arms(sampling, more, ("6e-4",), folder)
-        arms |= {(arm, str(more)): flags for (arm, _), flags in of_share.items()
-                 if arm != "the start model"}
+        arms |= {(arm, str(more)): flags for (arm, _), flags in of_share.items() if arm != START}
 
     def files_of(seed):
         for more in SHARES:
             scarce_files(folder, seed, more)
 
-    compare("shares", arms, files_of, args)
+    compare("shares", arms, files_of, args, setting="golds")
 
 
 def scarce_arms(sampling: dict[str, str], more: int, rates, folder: str) -> dict:
@@ -515,7 +516,7 @@ def scarce_arms(sampling: dict[str, str], more: int, rates, folder: str) -> dict
 
     sft = {"SFT": "--algo sft", SFT_EQUAL: f"--algo sft --steps {EQUAL_STEPS_SCARCE}"}
     return {
-        **arms_at_rates({"the start model": "--steps 0"}, rates[:1], flags_of("problems")),
+        **arms_at_rates({START: "--steps 0"}, ("–",), flags_of("problems")),
         **arms_at_rates(sampling, rates, flags_of("problems")),
         **arms_at_rates(sft, rates, flags_of("golds")),
         **arms_at_rates({"RFT, one round": "--algo sft"}, rates, flags_of("own"))}
@@ -529,22 +530,25 @@ def arms_at_rates(flags: dict[str, str], rates: tuple[str, ...], flags_of) -> di
     return {(arm, lr): of_seed(text, lr) for arm, text in flags.items() for lr in rates}
 
 
-def compare(name: str, arms: dict, files_of, args) -> None:
-    """Run the arms, a seed at a time; then print two tables, all arms and the primary comparisons.
+def compare(name: str, arms: dict, files_of, args, setting: str = "lr") -> None:
+    """Run the arms, {(arm, its learning rate or other setting): flags of the seed}, a seed at a
+    time; then print two tables, all arms and the differences of COMPARED.
 
     Each run leaves a line in docs/runs/NAME.jsonl, and is not run again."""
     kept = os.path.join(ROOT, "docs", "runs", f"{name}.jsonl")
+    if args.seeds > len(T_975) + 1:
+        sys.exit(f"error: --seeds {args.seeds}: at most {len(T_975) + 1}")
     found = {}
     if os.path.exists(kept):
-        found = {(r["arm"], r["lr"], r["seed"]): r for r in read(kept)}
+        found = {(r["arm"], r[setting], r["seed"]): r for r in read(kept)}
 
-    def run(arm, lr, seed, flags):
-        if (arm, lr, seed) in found:
+    def run(arm, value, seed, flags):
+        if (arm, value, seed) in found:
             return
         held_out = {kind: os.path.join(args.work, "seeds", str(seed), f"{kind}.jsonl")
                     for kind in EACH_SEED}
-        result = {"arm": arm, "lr": lr, "seed": seed}
-        out = run_folder(name, file_name(f"{arm}-{lr}"), seed, args)
+        result = {"arm": arm, setting: value, "seed": seed}
+        out = run_folder(name, file_name(f"{arm}-{value}"), seed, args)
         if steps_of(flags) == 0:    # the start model
             result |= measured(flags[flags.index("--model") + 1], held_out) | {"seconds": 0.0}
         else:
@@ -553,7 +557,7 @@ def compare(name: str, arms: dict, files_of, args) -> None:
             result |= {"seconds": seconds(log), "curves": curves(log)}
         with open(kept, "a") as f:
             f.write(json.dumps(result) + "\n")
-        found[arm, lr, seed] = result
+        found[arm, value, seed] = result
         shutil.rmtree(out, ignore_errors=True)
 
     for seed in range(args.seeds):
@@ -564,15 +568,16 @@ def compare(name: str, arms: dict, files_of, args) -> None:
             list(pool.map(lambda key: run(*key, seed, arms[key](seed)), arms))
 
     results = {key: [found[*key, seed] for seed in range(args.seeds)] for key in arms}
-    names, rates = zip(*results)
+    names, values = zip(*results)
+    heading = {"lr": "learning rate", "golds": "golds added"}[setting]
     table({
-        "arm": names, "learning rate": rates,
+        "arm": names, heading: values,
         "easy": column(results, itemgetter("easy")),
         "hard": column(results, itemgetter("hard")),
         "tokens (hard)": column(results, itemgetter("hard tokens"), "{:.0f}"),
         "seconds": column(results, itemgetter("seconds"), "{:.0f}")})
     print()
-    table_of_differences(results, PRIMARY[name], dict.fromkeys(rates))
+    table_of_differences(results, COMPARED[name], dict.fromkeys(values), heading)
 
 
 def curves(log: Log, steps: int = 25) -> dict[str, list[float]]:
@@ -587,21 +592,21 @@ def curves(log: Log, steps: int = 25) -> dict[str, list[float]]:
             for key, of_key in blocks.items()}
 
 
-def table_of_differences(found: dict, pairs, rates) -> None:
-    """Of each pair of arms at each rate that both have: the difference on hard locks, in points,
+def table_of_differences(found: dict, pairs, values, heading: str) -> None:
+    """Of each pair of arms at each setting that both have: the difference on hard locks, in points,
     with its 95 % interval (Student's t) and each seed's."""
     rows = []
-    for (a, b), lr in itertools.product(pairs, rates):
-        if (a, lr) in found and (b, lr) in found:
+    for (a, b), value in itertools.product(pairs, values):
+        if (a, value) in found and (b, value) in found:
             each = [100 * (x["hard"] - y["hard"])
-                    for x, y in zip(found[a, lr], found[b, lr])]
+                    for x, y in zip(found[a, value], found[b, value])]
             n = len(each)
             half = math.nan
             if n > 1:
                 half = T_975[n - 2] * statistics.stdev(each) / math.sqrt(n)
-            rows.append((f"{a} − {b}", lr, f"{statistics.mean(each):+.1f} ± {half:.1f}",
+            rows.append((f"{a} − {b}", value, f"{statistics.mean(each):+.1f} ± {half:.1f}",
                          ", ".join(f"{d:+.1f}" for d in each)))
-    headings = ("hard, points", "learning rate", "difference ± 95 %", "each seed")
+    headings = ("hard, points", heading, "difference ± 95 %", "each seed")
     table(dict(zip(headings, zip(*rows))))
 
 
@@ -615,7 +620,9 @@ def seed_files(folder: str, seed: int) -> str:
     problems = split_locks(folder, random.Random(f"square {seed}"), EACH_SEED, TOY_NAMES[:2])
     alternating = [r for pair in zip(problems["easy"], problems["hard"]) for r in pair]
     write(os.path.join(folder, "near-300.jsonl"), alternating[:300])
-    write(os.path.join(folder, "all-700.jsonl"), problems["hard"][:HALF] + problems["easy"][:HALF])
+    others = problems["hard"][GOLDS:HALF] + problems["easy"][:HALF]
+    random.Random(f"scarce {seed}").shuffle(others)
+    write(os.path.join(folder, "all-700.jsonl"), problems["hard"][:GOLDS] + others)
     warm_up(folder, problems["easy"], seed)
     return folder
 
@@ -626,44 +633,45 @@ def answer_alone(record: dict) -> dict:
 
 
 def scarce_files(folder: str, seed: int, more: int) -> None:
-    """seed_files, and of its 700 problems, each written once:
+    """seed_files, and made of its 700 problems (models and their answers once):
 
     start                  the start model: the base after SFT on golds-0.jsonl
     golds-MORE.jsonl       the first 75 + `more` with gold, and OWN right answers of the base to
-                           others that are not among these 75
+                           problems that are not among these 75
     problems-MORE.jsonl    all 700, the first 75 + `more` with gold, the rest with an answer alone
-    own-MORE.jsonl         the same golds, and right answers of the start model to the rest"""
+    own-MORE.jsonl         the first 75 + `more` with gold, and right answers of the start model to
+                           the rest"""
     at = seed_files(folder, seed)
     base, start, first, of_base, of_start = (os.path.join(at, name) for name in (
         "base", "start", "golds-0.jsonl", "of-base.jsonl", "of-start.jsonl"))
     problems = read(os.path.join(at, "all-700.jsonl"))
-    if not os.path.exists(first):
-        answers = own_answers(base, problems[GOLDS:], of_base)
-        answers = random.Random(seed).sample(answers, min(OWN, len(answers)))
-        write(of_base, answers)
-        write(first, problems[:GOLDS] + answers)
+    if not os.path.exists(of_base):
+        own_answers(base, problems[GOLDS:], of_base)
+    some = read(of_base)
+    some = random.Random(seed).sample(some, min(OWN, len(some)))
+    write(first, problems[:GOLDS] + some)
     finish(start, ["--algo", "sft", "--model", base, "--data", first, *shlex.split(REGIME),
                    "--steps", "600", "--lr", "1e-3", "--seed", str(seed)])
-    if not os.path.exists(os.path.join(at, "own-0.jsonl")):
+    if not os.path.exists(of_start):
         own_answers(os.path.join(start, "model"), problems[GOLDS:], of_start)
     with_gold, rest = problems[:GOLDS + more], problems[GOLDS + more:]
-    unsolved = {r["question"] for r in rest}
-    write(os.path.join(at, f"golds-{more}.jsonl"), with_gold + read(of_base))
+    without_gold = {r["question"] for r in rest}
+    write(os.path.join(at, f"golds-{more}.jsonl"), with_gold + some)
     write(os.path.join(at, f"problems-{more}.jsonl"), with_gold + list(map(answer_alone, rest)))
     write(os.path.join(at, f"own-{more}.jsonl"),
-          with_gold + [r for r in read(of_start) if r["question"] in unsolved])
+          with_gold + [r for r in read(of_start) if r["question"] in without_gold])
 
 
-def own_answers(model: str, problems: list[dict], path: str) -> list[dict]:
-    """The problems that a model solves in 8 tries, with a right answer as gold; written there."""
+def own_answers(model: str, problems: list[dict], path: str) -> None:
+    """Write the problems that a model solves in 8 tries, with a right answer as gold."""
+    asked, kept = write(path + ".asked", problems), path + ".writing"
     with contextlib.suppress(FileNotFoundError):
-        os.remove(path)
-    asked = write(path + ".asked", problems)
+        os.remove(kept)
     command = [sys.executable, os.path.join(ROOT, "evaluate.py"),
                "--model", model, "--data", asked, "--samples", "8", "--max-new-tokens", "48",
-               "--instruction", "", "--dtype", "float32", "--keep-correct", path]
+               "--instruction", "", "--dtype", "float32", "--keep-correct", kept]
     subprocess.run(command, check=True, capture_output=True)
-    return read(path)
+    os.rename(kept, path)
 
 
 # ---- ranks ---------------------------------------------------------------------------------------

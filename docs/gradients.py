@@ -10,10 +10,11 @@ the gradient of GCPO's loss on them is taken apart:
     gold      the gold rows, nothing else in the groups they are in
     rivals    the wrong rollouts beside them
     mixed     groups without gold, in which some rollouts are right
-    all       the sum of the three, which a step goes along
+    all       the sum of the three: GCPO's whole gradient at ratio 1, before any clipping
 
 Each has a norm, and a cosine with the gradient of SFT on the gold of held-out hard problems, and of
-easy ones: positive where a step along it makes that gold likelier. One line a point is kept in
+easy ones: positive where to descend it makes that gold likelier (to first order, and before AdamW
+scales it). "mixed" are all groups without gold that have a gradient. One line a point is kept in
 docs/runs/gradients.jsonl; a run that is there is not made again. docs/gradients.png shows them.
 """
 from __future__ import annotations
@@ -27,7 +28,7 @@ from dataclasses import replace
 
 import torch
 
-import experiments
+import experiments    # it puts the repository's root on sys.path
 from experiments import ROOT
 from data import Limits, prepare, read_problems
 from gcpo import ALGORITHMS, gold_group
@@ -39,7 +40,7 @@ from train import Item, Run, backward, collect, learn, load_run, sample_and_grad
 EVERY = 25         # steps
 PROBLEMS = 96
 PARTS = ("gold", "rivals", "mixed", "all")
-SCARCE = 190       # problems with gold that the start model has not seen
+SCARCE = 190       # golds added to `scarce`
 RATES = {"square": "1e-3", "scarce": "6e-4"}
 KEPT = os.path.join(ROOT, "docs", "runs", "gradients.jsonl")
 
@@ -131,7 +132,7 @@ def gold_items(problems) -> list[Item]:
 
 
 def gradient(run: Run, items: list[Item]) -> torch.Tensor:
-    """Of the loss of all these items, as one vector; 0 where no row has an advantage."""
+    """The gradient of the loss over all these items, as one vector."""
     rows = sum(len(i.group.lengths) for i in items)
     tokens = sum(int(i.group.lengths.sum()) for i in items)
     live = [i for i in items if i.has_contrast]

@@ -6,15 +6,18 @@
 # A small model solves next to nothing of GSM8K as it comes. So: SFT on short problems makes a start
 # model; then each arm goes on from it, on other short problems of which a quarter have gold and all
 # have answers. docs/run_real.sh runs and evaluates the arms; what is finished is skipped, and what
-# was cut off goes on. Two of this with different SEEDS, and OMP_NUM_THREADS=1, may run side by side once `start` and its
-# evaluation are there.
-# By environment:
+# was cut off goes on. Two of this with different SEEDS (and OMP_NUM_THREADS=1) may run side by side
+# once the files base--*.txt are there: the evaluation of the start model, which run_real.sh calls
+# base. Paths are from the repository's root. By environment:
 #
-#   ARMS      as in docs/run_real.sh      (grpo, gcpo, gold only, rft, sft for as long and for longer)
+#   ARMS      as in docs/run_real.sh      (grpo, gcpo, gcpo without negatives, rft, and sft for equal
+#                                         steps and for about equal seconds)
 #   SEEDS     "0 1"                       (0)
 #   STEPS     of an arm                   (30)
 #   WORK      where all of it lies        (runs/contrast)
 #   PYTHON    the interpreter             (.venv/bin/python)
+#
+# FLAGS and EVAL of docs/run_real.sh are set here.
 
 # shellcheck disable=SC2086    # variables that hold several flags stand without quotes
 set -euo pipefail
@@ -44,10 +47,11 @@ if [ ! -d "$start/model" ]; then
     --save-every 20 $resume
 fi
 
-# SFT takes the same steps, and five times as many: about the seconds of GCPO's rollouts.
+# SFT twice: as many steps, and five times as many, which take about as long as GCPO's.
 golds=data=$data/golds.jsonl
 export ARMS=${ARMS:-grpo gcpo gcpo:$STEPS:gold-rivals=zero rft sft:$STEPS:$golds \
   sft:$((5 * STEPS)):$golds}
 export FLAGS="--prompts 8 --group-size 8 --temperature 0.6 --lr 2e-5 --eval-every $STEPS $common"
 export EVAL="--samples 4 --temperature 0.6 $common"
-docs/run_real.sh "$start/model" "$data/rl.jsonl" "$data/held_out.jsonl" "${more[@]}"
+docs/run_real.sh "$start/model" "$data/rl.jsonl" "$data/held_out.jsonl" \
+  ${more[@]+"${more[@]}"}    # bash 3.2 calls an empty list unbound

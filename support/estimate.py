@@ -43,8 +43,8 @@ class Need(NamedTuple):
 
 
 def needs(shape: ModelConfig, config, place: Circumstances) -> Need:
-    """Of a run of options.Config `config` with a model of this shape. Within 15 % of
-    what was used (python -m pytest -m slow tests/test_memory.py)."""
+    """Memory that a run with options.Config `config` and a model of this shape needs, evaluation
+    not counted. Within 15 % of what was used (python -m pytest -m slow tests/test_memory.py)."""
     masters, gradients, copies = of_weights(shape, config, place)
     return Need(
         masters=masters,
@@ -57,11 +57,11 @@ def needs(shape: ModelConfig, config, place: Circumstances) -> Need:
 
 def of_weights(shape: ModelConfig, config, place: Circumstances) -> tuple[float, float, float]:
     """Masters, gradients and copies, as Need has them."""
-    n, of_rank_1 = count_parameters(shape)
+    n, in_blocks, of_rank_1 = count_parameters(shape)
     size = place.dtype.itemsize
-    if config.lora_rank:    # weights and moments of low rank, and the matrices that stay
+    if config.lora_rank:    # weights and moments of low rank, and the blocks' matrices as they were
         m = config.lora_rank * of_rank_1
-        masters = (4 + 8) * m + size * n
+        masters = (4 + 8) * m + size * in_blocks
         largest = shape.hidden_size * shape.intermediate_size    # its gradient is mapped in fp32
         gradients = 4 * m + (4 + size) * largest
     else:
@@ -109,7 +109,7 @@ def of_update(shape: ModelConfig, config, place: Circumstances) -> float:
 
 
 def estimate(config, algorithm, shape: ModelConfig, prompts, device, dtype) -> Need:
-    """Of a run of these settings; prompts: token ids of each."""
+    """Memory that a run with these settings needs; prompts: the token ids of each."""
     return needs(shape, config, Circumstances(
         device=torch.device(device).type,
         dtype=dtype,
@@ -120,12 +120,13 @@ def estimate(config, algorithm, shape: ModelConfig, prompts, device, dtype) -> N
 
 
 @functools.lru_cache(maxsize=8)
-def count_parameters(shape: ModelConfig) -> tuple[int, int]:
-    """All of a model, and those that low ranks of 1 have beside it."""
+def count_parameters(shape: ModelConfig) -> tuple[int, int, int]:
+    """All of a model, those of its blocks' matrices, and those of A and B of rank 1 beside them."""
     with torch.device("meta"):
         model = Transformer(shape)
-    of_rank_1 = sum(sum(m.weight.shape) for m in model.layers.modules() if isinstance(m, nn.Linear))
-    return sum(p.numel() for p in model.parameters()), of_rank_1
+    matrices = [m.weight for m in model.layers.modules() if isinstance(m, nn.Linear)]
+    return (sum(p.numel() for p in model.parameters()), sum(w.numel() for w in matrices),
+            sum(sum(w.shape) for w in matrices))
 
 
 # ---- What would fit ------------------------------------------------------------------------------
@@ -164,7 +165,8 @@ def read_number(path: str) -> int:
 
 
 def warn_if_too_large(config, algorithm, shape: ModelConfig, prompts, device, dtype) -> None:
-    """Before a model is loaded: one line if it will hardly fit, with the flags that would."""
+    """Before a model is loaded: print one line if the run will hardly fit, with flags that would
+    make it fit."""
     def gib(**changes):
         changed = replace(config, **changes)
         return estimate(changed, algorithm, shape, prompts, device, dtype).total / 2**30
@@ -178,7 +180,8 @@ def warn_if_too_large(config, algorithm, shape: ModelConfig, prompts, device, dt
     ways = [changes for changes in SMALLER
             if not refused & set(changes) and gib(**changes) < needed]
     if parallel.world() > 1 and not config.shard and not config.lora_rank:
-        ways = [dict(changes, shard=True) for changes in ({}, *SMALLER[:2])] + ways
+        ways = [dict(changes, shard=True) for changes in ({}, *SMALLER[:2])
+                if not refused & set(changes)] + ways
     fitting = next((changes for changes in ways if gib(**changes) <= free), None)
     advice = "no flags of ours would make it fit"
     if fitting is not None:

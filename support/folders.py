@@ -21,19 +21,19 @@ from support.common import InputError, read_json
 
 @dataclass(frozen=True)
 class Family:
-    """Switches of model.py's block that its files do not name, and what they mean where they leave
-    a field out (transformers' defaults)."""
-    qkv_bias: bool = False             # always there; else as attention_bias says
+    """What a family fixes, and what it means where config.json leaves a field out (transformers'
+    defaults)."""
+    qkv_bias: bool = False             # always there; False: as attention_bias says
     reads_attention_bias: bool = True
     reads_mlp_bias: bool = False
     qk_norm: str | None = None
     norm_after: bool = False
-    has_nope: bool = False             # layers without rope
+    may_skip_rope: bool = False        # in some layers
     has_multipliers: bool = False
     kv_heads: int | None = None        # None: as many as query heads
     head_dim: int | None = None        # None: width / heads
     positions: int = 2048
-    window: int | None = None          # of attention, in tokens; None: all
+    window: int | None = None          # sliding_window; None: there is none
     eps: float = 1e-6
     theta: float = 10000.0
     tied: bool = False
@@ -46,7 +46,7 @@ FAMILIES = {
         qkv_bias=True, reads_attention_bias=False, kv_heads=32, positions=32768, window=4096),
     "qwen3": Family(qk_norm="head", kv_heads=32, head_dim=128, positions=32768, window=4096),
     "smollm3": Family(
-        reads_mlp_bias=True, has_nope=True, kv_heads=4, positions=32768, theta=2e6, tied=True),
+        reads_mlp_bias=True, may_skip_rope=True, kv_heads=4, positions=32768, theta=2e6, tied=True),
     "olmo2": Family(qk_norm="whole", norm_after=True, eps=1e-5),
     "granite": Family(reads_mlp_bias=True, has_multipliers=True),
 }
@@ -169,7 +169,7 @@ def read_settings(folder: str) -> dict:
         rope_theta=file.number("rope_theta", where=rope),
         rope_scaling=rope_scaling(file, rope),
         rope_length=rope_length(file, rope),
-        layers_without_rope=layers_without_rope(file, layers) if family.has_nope else (),
+        layers_without_rope=layers_without_rope(file, layers) if family.may_skip_rope else (),
         **factors(file, head_dim, family.has_multipliers),
         raw=raw)
     if heads % settings["num_key_value_heads"]:
@@ -260,8 +260,8 @@ def rope_scaling(file: ConfigFile, rope: dict) -> tuple | None:
 
 
 def yarn_numbers(file: ConfigFile, rope: dict) -> list[float]:
-    """factor, and how many turns a wave must have closed to be kept, and to be mixed, in the text
-    of training, whose length is the last."""
+    """[factor, fast, slow, original length]. Waves that close more than `fast` turns in a text of
+    the original length are kept, those with fewer than `slow` slowed, those between mixed."""
     for name in ("mscale", "mscale_all_dim", "truncate"):
         if name in rope:
             file.refuse(f"{name} is not supported with yarn")

@@ -1,16 +1,17 @@
-"""Low-rank training (LoRA, arXiv 2106.09685): what is trained of each matrix W0 (out, in) is
+"""Low-rank training (LoRA, arXiv 2106.09685). In place of each matrix W0 (out, in) of the blocks
+stands W, of which A and B are trained:
 
     W = W0 + (α / r) · B A        A (r, in), B (out, r), fp32; B is 0 at the start
 
 A and B of all matrices are the *master*, which AdamW steps. The policy holds W, merged anew after
-each step, and is an ordinary model: sampling, scoring and saving know nothing of this. Its gradient
-dW becomes that of A and B, matrix by matrix, as backward completes it, and is dropped at once:
+each update, and is an ordinary model: sampling, scoring and saving know nothing of this. Its
+gradient dW becomes that of A and B, matrix by matrix, as backward completes it, and is dropped:
 
     dB = (α / r) · dW Aᵀ          dA = (α / r) · Bᵀ dW
 
-So there are 4 bytes a parameter in bf16, W0 and W, where full training holds 20. Embeddings, the
-output matrix, norms and biases stay as they are. In bf16 W is rounded: a change below its last bit
-is not seen until it has grown (`update/bf16_changed`).
+So a parameter of the blocks takes 4 bytes in bf16 (W0 and W) and any other 2, where full training
+takes 20. Embeddings, the output matrix, norms and biases stay as they are. In bf16 W is rounded: a
+change below its last bit is not seen until it has grown (`update/bf16_changed`).
 """
 from __future__ import annotations
 

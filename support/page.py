@@ -69,7 +69,9 @@ def arithmetic(rewards: list[float], advantages: list[float], scale: str) -> str
     if max(rewards) == min(rewards) and not any(advantages):
         return "All rewards are equal, so every advantage is 0."
     mean = sum(rewards) / len(rewards)
-    plain = group_advantages(torch.tensor(rewards), scale).tolist() if min(rewards) >= 0 else []
+    plain = []
+    if scale != "mean" or min(rewards) >= 0:
+        plain = group_advantages(torch.tensor(rewards), scale).tolist()
     if len(plain) != len(advantages) or any(
             abs(a - b) > 1e-3 for a, b in zip(plain, advantages)):
         return ("These advantages do not follow from the rewards alone: a switch of the algorithm "
@@ -80,6 +82,13 @@ def arithmetic(rewards: list[float], advantages: list[float], scale: str) -> str
                "mean": f"(reward − {mean:.4g}) / {mean:.4g}"}[scale]
     return (f"The rewards have a mean of {mean:.4g} and a standard deviation of {spread:.4g}: an "
             f"advantage is {formula}.")
+
+
+def as_text(question: str | list[dict]) -> str:
+    """A chat's messages below each other."""
+    if isinstance(question, str):
+        return question
+    return "\n".join(f"{m['role']}: {m['content']}" for m in question)
 
 
 def page_of_run(folder: str, path: str) -> int:
@@ -121,7 +130,7 @@ def logged_groups(path: str, scale: str) -> list[dict]:
                 groups.append(logged_group(record, scale))
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             raise InputError(
-                f"{path}, line {number}: is no group that a run has logged") from None
+                f"{path}, line {number}: not a group that a run has logged") from None
     return groups
 
 
@@ -133,12 +142,9 @@ def logged_group(record: dict, scale: str) -> dict:
         rows.append(page_row(
             tokens, r.get("logprobs") or [None] * len(tokens), float(r["advantage"]),
             float(r["rewards"]), r["is_gold"], r["finished"]))
-    question = record["question"]
-    if not isinstance(question, str):
-        question = "\n".join(f"{m['role']}: {m['content']}" for m in question)
     return {
         "step": int(record["step"]),
-        "facts": [("question", question), ("answer", record["reference"])],
+        "facts": [("question", as_text(record["question"])), ("answer", record["reference"])],
         "arithmetic": arithmetic(
             [r["reward"] for r in rows], [r["advantage"] for r in rows], scale),
         "rows": rows}

@@ -17,7 +17,7 @@ def load_master_and_policy(
 ) -> tuple[Transformer | LowRankMaster, Transformer]:
     """Master and policy of an options.Config's --model. Full training: the fp32 weights, and
     `make_policy` of them. With --lora-rank: A and B, and a policy that is filled anew with
-    W0 + (α / r) · B A after each step."""
+    W0 + (α / r) · B A after each update."""
     if config.lora_rank:
         policy = load_model(config.model, device, dtype)
         return LowRankMaster(policy, config.lora_rank, config.lora_alpha, config.seed), policy
@@ -56,7 +56,7 @@ def move_gradient_to(master_p: torch.nn.Parameter):
 
 @torch.no_grad()
 def refresh_policy(policy: Transformer, master: Transformer | LowRankMaster) -> None:
-    """The master's weights, rounded to the policy's dtype."""
+    """Copy the master's weights into the policy, rounded to its dtype."""
     if isinstance(master, LowRankMaster):
         return master.refresh()
     if policy is master:

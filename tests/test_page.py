@@ -9,11 +9,13 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from test_train import metrics_of, train_with
 
-from support.common import InputError
+from gcpo import group_advantages
 from show import take_page
-from support.page import page_of_run, page_row, write_page
+from support.common import InputError
+from support.page import arithmetic, page_of_run, page_row, write_page
 
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -154,3 +156,13 @@ def test_both_spellings_of_the_flag():
     for words in (["--html", "x.html", "--seed", "1"], ["--seed", "1", "--html=x.html"]):
         assert take_page(words) == ("x.html", ["--seed", "1"])
     assert take_page(["runs/a"]) == (None, ["runs/a"])
+
+
+def test_the_arithmetic_is_shown_where_it_holds():
+    """Advantages that follow from the rewards have their formula, negative rewards too. Others say
+    that a switch changed them. (Bug: a page that denies GRPO's own arithmetic.)"""
+    for rewards in ([0.0, 1.0, 0.0], [-1.0, 0.0, 1.0], [-0.5, -0.2, -0.5]):
+        for scale in ("std", "none"):
+            advantages = group_advantages(torch.tensor(rewards), scale).tolist()
+            assert "an advantage is" in arithmetic(rewards, advantages, scale)
+            assert "a switch" in arithmetic(rewards, [a + 1 for a in advantages], scale)
