@@ -1,7 +1,7 @@
 """The experiments of docs/results.md, on the toy.
 
     python docs/experiments.py toy|ablations|regimes|golds|ranks [--jobs 2] [--seeds 3]
-    python docs/experiments.py square|scarce|shares [--seeds 8]    as docs/plan.md says
+    python docs/experiments.py square|far|scarce|shares [--seeds 8]    as docs/plan.md says
     python docs/experiments.py real --work DIR     only the tables of what docs/run_real.sh has run
 
 Each arm is one train.py command, in a process of its own with one thread, `--jobs` of them at a
@@ -431,7 +431,7 @@ def measured_once(run: str, files: dict[str, str]) -> dict[str, float]:
         return json.load(f)
 
 
-# ---- square, scarce, shares (docs/plan.md, written before the runs, says what is compared) -------
+# ---- square, far, scarce, shares (docs/plan.md, written before the runs, says what is compared) --
 
 EACH_SEED = {"easy": 40, "hard": 200}    # held-out locks; each seed has its own split and model
 HALF = 350                               # easy problems, and hard ones, of `scarce`
@@ -458,6 +458,7 @@ WITHOUT_GOLD = {
     "SFT, then GSPO": "--algo gspo --sft-share 0.5"}
 COMPARED = {    # on hard locks, paired by seed (docs/plan.md says which of them are primary)
     "square": (("GCPO", "gold, no negatives"), ("GCPO", "negatives, no gold")),
+    "far": (("GCPO", "gold, no negatives"), ("GCPO", SFT_EQUAL)),
     "scarce": (("GCPO", "gold, no negatives"), ("GCPO", "GSPO"), ("GCPO", "RFT, one round")),
     "shares": (("GCPO", SFT_EQUAL), ("GCPO", "gold, no negatives"), ("GCPO", "RFT, one round"))}
 T_975 = (    # Student's t with 1, 2, … degrees of freedom
@@ -477,6 +478,24 @@ def square(args):
     arms = arms_at_rates(WITH_GOLD, ("1e-3", "2e-3"), flags_of)
     arms |= arms_at_rates(WITHOUT_GOLD, ("3e-4", "1e-3"), flags_of)
     compare("square", arms, lambda seed: seed_files(folder, seed), args)
+
+
+def far(args):
+    """`square` with gold in another style: each step said again in words, twice as long."""
+    folder = os.path.join(args.work, "seeds")
+
+    def flags_of(seed):
+        at = os.path.join(folder, str(seed))
+        return ["--model", os.path.join(at, "base"), "--data", os.path.join(at, "far-300.jsonl")]
+
+    def files_of(seed):
+        at = seed_files(folder, seed)
+        near = read(os.path.join(at, "near-300.jsonl"))
+        write(os.path.join(at, "far-300.jsonl"), map(wordy, near))
+
+    with_gold = {name: WITH_GOLD[name]
+                 for name in ("GCPO", "gold, no negatives", "RFT", "SFT", SFT_EQUAL)}
+    compare("far", arms_at_rates(with_gold, ("1e-3", "2e-3"), flags_of), files_of, args)
 
 
 def scarce(args):
@@ -898,6 +917,7 @@ EXPERIMENTS = {
     "ablations": ablations,
     "regimes": regimes,
     "square": square,
+    "far": far,
     "scarce": scarce,
     "shares": shares,
     "ranks": ranks,
