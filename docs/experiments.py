@@ -457,7 +457,11 @@ WITHOUT_GOLD = {
     "GSPO": "--algo gspo",
     "SFT, then GSPO": "--algo gspo --sft-share 0.5"}
 COMPARED = {    # on hard locks, paired by seed (docs/plan.md says which of them are primary)
-    "square": (("GCPO", "gold, no negatives"), ("GCPO", "negatives, no gold")),
+    "square": (
+        ("GCPO", "gold, no negatives"), ("GCPO", "negatives, no gold"),
+        ("GCPO, gold x 3", "GCPO"), ("gold x 3, no negatives", "gold, no negatives"),
+        ("gold, no negatives", "gold at 1, no negatives"), ("RFT", "GCPO"), ("SFT", "GCPO"),
+        (SFT_EQUAL, "GCPO")),
     "far": (("GCPO", "gold, no negatives"), ("GCPO", SFT_EQUAL)),
     "scarce": (("GCPO", "gold, no negatives"), ("GCPO", "GSPO"), ("GCPO", "RFT, one round")),
     "shares": (("GCPO", SFT_EQUAL), ("GCPO", "gold, no negatives"), ("GCPO", "RFT, one round"))}
