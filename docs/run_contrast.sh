@@ -10,7 +10,7 @@
 # once the files base--*.txt are there: the evaluation of the start model, which run_real.sh calls
 # base. Paths are from the repository's root. By environment:
 #
-#   ARMS      as in docs/run_real.sh      (grpo, gcpo, gcpo without negatives, rft, and sft for equal
+#   ARMS      as in docs/run_real.sh      (grpo, gcpo, gcpo without negatives, rft, sft for equal
 #                                         steps and for about equal seconds)
 #   SEEDS     "0 1"                       (0)
 #   STEPS     of an arm                   (30)
