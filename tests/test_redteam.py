@@ -167,10 +167,11 @@ def test_m8_weights_that_are_not_finite_are_not_saved(toy, tmp_path):
 
 @pytest.fixture
 def senseless(toy, tmp_path):
-    """A model whose config.json makes its outputs NaN."""
+    """A model of finite weights, whose logits overflow to infinities, and probabilities to NaN."""
     folder = shutil.copytree(toy["model"], tmp_path / "senseless")
-    config = read_json(folder / "config.json")
-    write_json(folder / "config.json", {**config, "rope_theta": 1e-300})
+    weights = read_tensors(folder / "model.safetensors")
+    weights["model.norm.weight"].fill_(3e38)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return {**toy, "model": str(folder)}
 
 
