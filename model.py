@@ -57,13 +57,13 @@ class ModelConfig:
     rope_theta: float
     rope_scaling: tuple | None   # its kind, "linear", "llama3" or "yarn", and the kind's numbers
     rope_length: float           # factor of cos and sin, yarn's; 1 elsewhere
-    layers_without_rope: tuple[int, ...]
-    # Granite's factors, 1 elsewhere: of the embedding, of queries (whose products with keys are
-    # divided by √d as everywhere), of what a block adds, and of the last hidden state.
-    embedding_factor: float
-    query_factor: float
-    residual_factor: float
-    hidden_factor: float
+    layers_without_rope: tuple[int, ...] = ()
+    # Granite's factors: of the embedding, of queries (whose products with keys are divided by √d as
+    # everywhere), of what a block adds, and of the last hidden state.
+    embedding_factor: float = 1.0
+    query_factor: float = 1.0
+    residual_factor: float = 1.0
+    hidden_factor: float = 1.0
     raw: dict = field(default=None, repr=False, compare=False)  # the file, to be written back
 
 
@@ -186,9 +186,9 @@ class Block(nn.Module):
         if self.norm_after:
             x = x + self.post_attention_layernorm(self.self_attn(x, cos, sin, attend))
             return x + self.post_feedforward_layernorm(self.mlp(x))
-        add = lambda x, change: torch.add(x, change, alpha=self.residual_factor)
-        x = add(x, self.self_attn(self.input_layernorm(x), cos, sin, attend))
-        return add(x, self.mlp(self.post_attention_layernorm(x)))
+        r = self.residual_factor
+        x = torch.add(x, self.self_attn(self.input_layernorm(x), cos, sin, attend), alpha=r)
+        return torch.add(x, self.mlp(self.post_attention_layernorm(x)), alpha=r)
 
 
 class Transformer(nn.Module):

@@ -13,9 +13,10 @@ at most two calculations (`<<3*4=12>>`; 2,497 of them) it writes to DIR
 """
 from __future__ import annotations
 
-import json
 import os
 import sys
+
+from experiments import answer_alone, read, write
 
 
 FOR_START, HELD_OUT = 1250, 100
@@ -23,23 +24,18 @@ FOR_START, HELD_OUT = 1250, 100
 
 def main():
     source, folder = sys.argv[1:]
-    with open(source, encoding="utf-8") as f:
-        records = [json.loads(line) for line in f][:7000]
-    short = [r for r in records if r["answer"].count("<<") <= 2]
+    short = [r for r in read(source)[:7000] if r["answer"].count("<<") <= 2]
     first_of_rl = FOR_START + HELD_OUT
     of_rl = short[first_of_rl:]
     with_gold = of_rl[::4]
-    rest = [{"question": r["question"], "answer": r["answer"].split("#### ")[-1]}
-            for i, r in enumerate(of_rl) if i % 4]
+    rest = [answer_alone(r) for i, r in enumerate(of_rl) if i % 4]
     files = {
         "start": short[:FOR_START],
         "held_out": short[FOR_START:first_of_rl],
         "rl": with_gold + rest,
         "golds": with_gold}
-    os.makedirs(folder, exist_ok=True)
     for name, part in files.items():
-        with open(os.path.join(folder, f"{name}.jsonl"), "w", encoding="utf-8") as f:
-            f.writelines(json.dumps(r) + "\n" for r in part)
+        write(os.path.join(folder, f"{name}.jsonl"), part)
         print(f"{len(part):5} {name}.jsonl")
 
 

@@ -6,13 +6,12 @@ A point is a seed; a bar the mean and its 95 % interval (Student's t).
 """
 from __future__ import annotations
 
-import math
 import os
 import statistics
 
 import matplotlib
 
-from experiments import GOLDS, HALF, ROOT, SHARES, T_975, read
+from experiments import GOLDS, HALF, ROOT, SHARES, interval, read
 
 
 matplotlib.use("Agg")
@@ -30,18 +29,11 @@ def main():
         draw_shares(read(scarce), read(shares), os.path.join(ROOT, "docs", "shares.png"))
 
 
-def interval(values: list[float]) -> tuple[float, float]:
-    """The mean, and half its 95 % interval; nan for one value."""
-    n = len(values)
-    if n < 2:
-        return statistics.mean(values), math.nan
-    return statistics.mean(values), T_975[n - 2] * statistics.stdev(values) / math.sqrt(n)
-
-
 def draw_arms(lines: list[dict], path: str) -> None:
     """Held-out accuracy of each arm at each rate: a panel for easy locks, and one for hard ones."""
     arms = list(dict.fromkeys(line["arm"] for line in lines))
-    rates = sorted({line["lr"] for line in lines} - {"–"}, key=float) + ["–"]    # the start model
+    of_start = [line["lr"] for line in lines if line["lr"] == "–"][:1]
+    rates = sorted({line["lr"] for line in lines} - {"–"}, key=float) + of_start
     figure, axes = plt.subplots(1, 2, figsize=(11, 0.36 * len(arms) + 1.4), sharey=True)
     for axis, kind in zip(axes, ("easy", "hard")):
         for k, rate in enumerate(rates):

@@ -297,7 +297,7 @@ def write(path: str, records) -> str:
 
 
 def read(path: str) -> list[dict]:
-    with open(path) as f:
+    with open(path, encoding="utf-8") as f:
         return [json.loads(line) for line in f]
 
 
@@ -615,6 +615,14 @@ def curves(log: Log, steps: int = 25) -> dict[str, list[float]]:
             for key, of_key in blocks.items()}
 
 
+def interval(values: list[float]) -> tuple[float, float]:
+    """The mean, and half its 95 % interval (Student's t); nan for one value."""
+    n = len(values)
+    if n < 2:
+        return statistics.mean(values), math.nan
+    return statistics.mean(values), T_975[n - 2] * statistics.stdev(values) / math.sqrt(n)
+
+
 def table_of_differences(found: dict, pairs, values, heading: str) -> None:
     """Of each pair of arms at each setting that both have: the difference on hard locks, in points,
     with its 95 % interval (Student's t) and each seed's."""
@@ -623,11 +631,8 @@ def table_of_differences(found: dict, pairs, values, heading: str) -> None:
         if (a, value) in found and (b, value) in found:
             each = [100 * (x["hard"] - y["hard"])
                     for x, y in zip(found[a, value], found[b, value])]
-            n = len(each)
-            half = math.nan
-            if n > 1:
-                half = T_975[n - 2] * statistics.stdev(each) / math.sqrt(n)
-            rows.append((f"{a} − {b}", value, f"{statistics.mean(each):+.1f} ± {half:.1f}",
+            mean, half = interval(each)
+            rows.append((f"{a} − {b}", value, f"{mean:+.1f} ± {half:.1f}",
                          ", ".join(f"{d:+.1f}" for d in each)))
     headings = ("hard, points", heading, "difference ± 95 %", "each seed")
     table(dict(zip(headings, zip(*rows))))

@@ -34,6 +34,7 @@ class Family:
     head_dim: int | None = None        # None: width / heads
     positions: int = 2048
     window: int | None = None          # sliding_window; None: there is none
+    window_is_on: str = "never"        # or "always", or "flag": as use_sliding_window says
     eps: float = 1e-6
     theta: float = 10000.0
     tied: bool = False
@@ -41,12 +42,18 @@ class Family:
 
 FAMILIES = {
     "llama": Family(reads_mlp_bias=True),
-    "mistral": Family(reads_attention_bias=False, kv_heads=8, positions=131072, window=4096),
+    "mistral": Family(
+        reads_attention_bias=False, kv_heads=8, positions=131072, window=4096,
+        window_is_on="always"),
     "qwen2": Family(
-        qkv_bias=True, reads_attention_bias=False, kv_heads=32, positions=32768, window=4096),
-    "qwen3": Family(qk_norm="head", kv_heads=32, head_dim=128, positions=32768, window=4096),
+        qkv_bias=True, reads_attention_bias=False, kv_heads=32, positions=32768, window=4096,
+        window_is_on="flag"),
+    "qwen3": Family(
+        qk_norm="head", kv_heads=32, head_dim=128, positions=32768, window=4096,
+        window_is_on="flag"),
     "smollm3": Family(
-        reads_mlp_bias=True, may_skip_rope=True, kv_heads=4, positions=32768, theta=2e6, tied=True),
+        reads_mlp_bias=True, may_skip_rope=True, kv_heads=4, positions=32768, theta=2e6, tied=True,
+        window_is_on="flag"),
     "olmo2": Family(qk_norm="whole", norm_after=True, eps=1e-5),
     "granite": Family(reads_mlp_bias=True, has_multipliers=True),
 }
@@ -145,7 +152,7 @@ def read_settings(folder: str) -> dict:
         kv_heads = family.kv_heads or heads
     head_dim = file.size("head_dim", family.head_dim or max(width // heads, 1))
     positions = file.size("max_position_embeddings", family.positions)
-    refuse_other_attention(file, name, positions)
+    refuse_other_attention(file, family, positions)
     rope = rope_parameters(file, family.theta)
     bias = family.reads_attention_bias and file.flag("attention_bias")
 
@@ -169,9 +176,11 @@ def read_settings(folder: str) -> dict:
         rope_theta=file.number("rope_theta", where=rope),
         rope_scaling=rope_scaling(file, rope),
         rope_length=rope_length(file, rope),
-        layers_without_rope=layers_without_rope(file, layers) if family.may_skip_rope else (),
-        **factors(file, head_dim, family.has_multipliers),
         raw=raw)
+    if family.may_skip_rope:
+        settings["layers_without_rope"] = layers_without_rope(file, layers)
+    if family.has_multipliers:
+        settings |= factors(file, head_dim)
     if heads % settings["num_key_value_heads"]:
         shared = settings["num_key_value_heads"]
         file.refuse(f"{heads} query heads cannot share {shared} key/value heads")
@@ -193,27 +202,24 @@ def layers_without_rope(file: ConfigFile, layers: int) -> tuple[int, ...]:
     return tuple(layer for layer in range(layers) if not has_rope[layer])
 
 
-def factors(file: ConfigFile, head_dim: int, has_multipliers: bool) -> dict[str, float]:
-    """Granite's multipliers, as ModelConfig has them; 1 in other families."""
-    read = (lambda name: file.number(name, 1.0)) if has_multipliers else (lambda name: 1.0)
-    query_factor = 1.0
-    if has_multipliers:    # theirs stands in place of 1 / √d
-        query_factor = read("attention_multiplier") * math.sqrt(head_dim)
+def factors(file: ConfigFile, head_dim: int) -> dict[str, float]:
+    """Granite's multipliers, as ModelConfig has them."""
     return dict(
-        embedding_factor=read("embedding_multiplier"),
-        query_factor=query_factor,
-        residual_factor=read("residual_multiplier"),
-        hidden_factor=1 / read("logits_scaling"))
+        embedding_factor=file.number("embedding_multiplier", 1.0),
+        # Theirs stands in place of 1 / √d.
+        query_factor=file.number("attention_multiplier", 1.0) * math.sqrt(head_dim),
+        residual_factor=file.number("residual_multiplier", 1.0),
+        hidden_factor=1 / file.number("logits_scaling", 1.0))
 
 
-def refuse_other_attention(file: ConfigFile, name: str, positions: int) -> None:
+def refuse_other_attention(file: ConfigFile, family: Family, positions: int) -> None:
     """Sliding windows, and layers of another type than full attention."""
-    # Mistral has a window unless it says null; qwen and smollm3 if they say use_sliding_window.
-    if name == "mistral" or (
-            name in ("qwen2", "qwen3", "smollm3") and file.flag("use_sliding_window")):
-        default = FAMILIES[name].window
-        window = file.raw.get("sliding_window", default)
-        if window is not None and file.size("sliding_window", default) < positions:
+    is_on = family.window_is_on == "always"
+    if family.window_is_on == "flag":
+        is_on = file.flag("use_sliding_window")
+    if is_on:
+        window = file.raw.get("sliding_window", family.window)
+        if window is not None and file.size("sliding_window", family.window) < positions:
             file.refuse(f"an active sliding window ({window}) is not supported; set sliding_window "
                         "to null if you mean full attention")
     kinds = file.raw.get("layer_types") or []

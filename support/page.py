@@ -126,6 +126,7 @@ def logged_groups(path: str, scale: str) -> list[dict]:
             break
         try:
             record = json.loads(line)
+            record["step"] + 0    # a number
             if record.get("responses"):
                 groups.append(logged_group(record, scale))
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
@@ -143,7 +144,7 @@ def logged_group(record: dict, scale: str) -> dict:
             tokens, r.get("logprobs") or [None] * len(tokens), float(r["advantage"]),
             float(r["rewards"]), r["is_gold"], r["finished"]))
     return {
-        "step": int(record["step"]),
+        "step": record["step"],
         "facts": [("question", as_text(record["question"])), ("answer", record["reference"])],
         "arithmetic": arithmetic(
             [r["reward"] for r in rows], [r["advantage"] for r in rows], scale),

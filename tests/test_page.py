@@ -136,7 +136,8 @@ def test_what_cannot_be_is_one_line(tmp_path):
     a_row = '{"text": "a", "rewards": 1, "is_gold": false, "finished": true}'
     no_advantage = '{"step": 1, "question": "q", "reference": "1", "responses": [%s]}\n' % a_row
     for text, why in (
-            ("", "no group"), ("[1]\n", "line 1"), ('{"step": 1}\n', "no group"),
+            ("", "no group"), ("{}\n[1]\n{}\n", "line 1"), ('{"step": 1}\n', "no group"),
+            ("[1]\n", "line 1"),
             ('{"step": 1}\n' + no_advantage, "line 2"), ('{"responses": [1]}\n', "line 1"),
             ('{"step": 1, "resp', "no group")):
         (tmp_path / "samples.jsonl").write_text(text)

@@ -139,7 +139,7 @@ def test_greedy_equals_transformers(tmp_path, family):
     """At temperature 0 the responses are those of transformers' `generate`, up to the first of
     several stop tokens. (Bugs: only one of several end tokens honoured; a cache that reads the
     wrong keys or positions.)"""
-    network = tiny_model(tmp_path, FAMILY_CONFIGS[family])
+    network = tiny_model(tmp_path, FAMILY_CONFIGS[family], seed=1)
     prompts = some_prompts((5, 2, 11, 1, 17, 8))
     save_model(network, str(tmp_path / "model"))
     settings = dict(temperature=0, seed=0)
@@ -148,7 +148,7 @@ def test_greedy_equals_transformers(tmp_path, family):
     ours = texts(sample(network, prompts, 1, 20, stop_ids=stops, max_rows=3, **settings))
     assert ours == transformers_greedy(tmp_path / "model", prompts, 20, stops)
     shows_nothing = "stop tokens that stop nothing show nothing"
-    assert len({row[-1] for [row] in ours} & set(stops)) > 1, shows_nothing
+    assert {row[-1] for [row] in ours} >= set(stops), shows_nothing
     assert len({len(row) for [row] in ours}) > 2, shows_nothing
 
 
