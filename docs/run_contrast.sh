@@ -14,7 +14,7 @@
 #                                         steps and for about equal seconds)
 #   SEEDS     "0 1"                       (0)
 #   STEPS     of an arm                   (30)
-#   WORK      where all of it lies        (runs/contrast)
+#   WORK      where it lies, and the start model in WORK-start      (runs/contrast)
 #   PYTHON    the interpreter             (.venv/bin/python)
 #
 # FLAGS and EVAL of docs/run_real.sh are set here.
@@ -38,20 +38,21 @@ data=$WORK/data
 common="--max-new-tokens 120"
 
 [ -f "$data/golds.jsonl" ] || $PYTHON docs/contrast_data.py "$problems" "$data"
-start=$WORK/start
-if [ ! -d "$start/model" ]; then
-  resume=
-  if [ -f "$start/run.json" ]; then resume=--resume; fi
-  $PYTHON train.py --model "$model" --data "$data/start.jsonl" --out "$start" --algo sft \
-    --prompts 16 --steps 100 --lr 1e-4 --lr-end 0.1 --warmup 8 --max-new-tokens 160 \
-    --save-every 20 $resume
-fi
+export EVAL="--samples 4 --temperature 0.6 $common"
+
+# The start model, and how it and the model as it came do on the held-out problems.
+(
+  export ARMS=sft STEPS=100 SEEDS=0 WORK=$WORK-start
+  export FLAGS="--prompts 16 --lr 1e-4 --lr-end 0.1 --warmup 8 --max-new-tokens 160
+    --save-every 20 --eval-every 100"
+  docs/run_real.sh "$model" "$data/start.jsonl" "$data/held_out.jsonl"
+)
+start=$WORK-start/sft-seed0/model
 
 # SFT twice: as many steps, and five times as many, which take about as long as GCPO's.
 golds=data=$data/golds.jsonl
 export ARMS=${ARMS:-grpo gcpo gcpo:$STEPS:gold-rivals=zero rft sft:$STEPS:$golds \
   sft:$((5 * STEPS)):$golds}
 export FLAGS="--prompts 8 --group-size 8 --temperature 0.6 --lr 2e-5 --eval-every $STEPS $common"
-export EVAL="--samples 4 --temperature 0.6 $common"
-docs/run_real.sh "$start/model" "$data/rl.jsonl" "$data/held_out.jsonl" \
+docs/run_real.sh "$start" "$data/rl.jsonl" "$data/held_out.jsonl" \
   ${more[@]+"${more[@]}"}    # bash 3.2 calls an empty list unbound
