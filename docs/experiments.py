@@ -474,11 +474,7 @@ def square(args):
     """Gold and negatives, each with and without the other, from a model that solves easy problems
     often and hard ones never."""
     folder = os.path.join(args.work, "seeds")
-
-    def flags_of(seed):
-        at = os.path.join(folder, str(seed))
-        return ["--model", os.path.join(at, "base"), "--data", os.path.join(at, "near-300.jsonl")]
-
+    flags_of = start_from(folder, "base", "near-300.jsonl")
     arms = arms_at_rates(WITH_GOLD, ("1e-3", "2e-3"), flags_of)
     arms |= arms_at_rates(WITHOUT_GOLD, ("3e-4", "1e-3"), flags_of)
     compare("square", arms, lambda seed: seed_files(folder, seed), args)
@@ -487,10 +483,7 @@ def square(args):
 def far(args):
     """`square` with gold in another style: each step said again in words, twice as long."""
     folder = os.path.join(args.work, "seeds")
-
-    def flags_of(seed):
-        at = os.path.join(folder, str(seed))
-        return ["--model", os.path.join(at, "base"), "--data", os.path.join(at, "far-300.jsonl")]
+    flags_of = start_from(folder, "base", "far-300.jsonl")
 
     def files_of(seed):
         at = seed_files(folder, seed)
@@ -531,11 +524,7 @@ def shares(args):
 def scarce_arms(sampling: dict[str, str], more: int, rates, folder: str) -> dict:
     """From scarce_files' start model: that model itself, the arms of `sampling`, and SFT's."""
     def flags_of(data):
-        def of_seed(seed):
-            at = os.path.join(folder, str(seed))
-            return ["--model", os.path.join(at, "start", "model"),
-                    "--data", os.path.join(at, f"{data}-{more}.jsonl")]
-        return of_seed
+        return start_from(folder, os.path.join("start", "model"), f"{data}-{more}.jsonl")
 
     sft = {"SFT": "--algo sft", SFT_EQUAL: f"--algo sft --steps {EQUAL_STEPS_SCARCE}"}
     return {
@@ -543,6 +532,20 @@ def scarce_arms(sampling: dict[str, str], more: int, rates, folder: str) -> dict
         **arms_at_rates(sampling, rates, flags_of("problems")),
         **arms_at_rates(sft, rates, flags_of("golds")),
         **arms_at_rates({"RFT, one round": "--algo sft"}, rates, flags_of("own"))}
+
+
+def start_from(folder: str, model: str, data: str):
+    """The flags that name a seed's model and problems, as a function of the seed."""
+    def of_seed(seed):
+        at = os.path.join(folder, str(seed))
+        return ["--model", os.path.join(at, model), "--data", os.path.join(at, data)]
+
+    return of_seed
+
+
+def held_out_of(folder: str, seed: int) -> dict[str, str]:
+    """A seed's files of held-out locks: {"easy": path, "hard": path}."""
+    return {kind: os.path.join(folder, str(seed), f"{kind}.jsonl") for kind in EACH_SEED}
 
 
 def arms_at_rates(flags: dict[str, str], rates: tuple[str, ...], flags_of) -> dict:
@@ -568,8 +571,7 @@ def compare(name: str, arms: dict, files_of, args, setting: str = "lr") -> None:
     def run(arm, value, seed, flags):
         if (arm, value, seed) in found:
             return
-        held_out = {kind: os.path.join(args.work, "seeds", str(seed), f"{kind}.jsonl")
-                    for kind in EACH_SEED}
+        held_out = held_out_of(os.path.join(args.work, "seeds"), seed)
         result = {"arm": arm, setting: value, "seed": seed}
         out = run_folder(name, file_name(f"{arm}-{value}"), seed, args)
         if steps_of(flags) == 0:    # the start model
@@ -718,10 +720,10 @@ def ranks(args):
     for seed in range(args.seeds):
         seed_files(folder, seed)
 
+    warm_start = start_from(folder, "base", "near-300.jsonl")
+
     def from_warm(flags):
-        return lambda seed: [
-            *shlex.split(REGIME), *flags, "--model", os.path.join(folder, str(seed), "base"),
-            "--data", os.path.join(folder, str(seed), "near-300.jsonl")]
+        return lambda seed: [*shlex.split(REGIME), *flags, *warm_start(seed)]
 
     settings, random_arms, warm_arms = {}, {}, {}
     for rank, rates in RANKS.items():
@@ -736,9 +738,7 @@ def ranks(args):
     warm = {}
     for name in settings:
         warm[name] = [
-            measured_once(run_folder("ranks-warm", name, seed, args),
-                          {kind: os.path.join(folder, str(seed), f"{kind}.jsonl")
-                           for kind in EACH_SEED})
+            measured_once(run_folder("ranks-warm", name, seed, args), held_out_of(folder, seed))
             for seed in range(args.seeds)]
     shown, rates = zip(*settings.values())
     table({
