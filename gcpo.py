@@ -69,147 +69,6 @@ class Group:
         return torch.arange(T, device=self.lengths.device) < self.lengths[:, None]
 
 
-# ---- The switches --------------------------------------------------------------------------------
-
-def switch(default, text: str, choices: tuple = ()):
-    """A dataclass field that becomes a flag of train.py, with `text` as its line of --help."""
-    return field(default=default, metadata={"help": text, "choices": choices})
-
-
-NEEDS = (    # with a switch at this value, another must be one of these, because …
-    ("objective", "pairs", "train_on", ("rollouts",), "pairs are right and wrong rollouts"),
-    ("objective", "pairs", "kl_coef", (0,), "the reference model is in the loss already"),
-    ("objective", "pairs", "gold_rivals", ("keep",), "a pair is gold and one of its rivals"),
-    ("objective", "pairs", "gold_weight", (1,), "of an advantage only the sign counts"),
-    ("objective", "pairs", "virtual_right", ("never",), "a pair needs two responses"),
-    ("gold_shape", "ratio", "gold_old", ("one",), "it shapes a probability"),
-    ("gold_shape", "ratio", "objective", ("clipped", "pairs"), "its gradient is the shape's own"),
-    ("scale", "mean", "overlong", (0,), "rewards must not be negative"),
-    ("train_on", "right", "resample", ("none", "history"), "wrong responses are dropped anyway"))
-
-
-@dataclass(frozen=True)
-class Algorithm:
-    """Every choice of the family. An algorithm of the literature is one setting of the switches.
-
-    Raises ValueError, "switch=value: why", for values that cannot be or contradict each other."""
-    name: str
-    paper: str = ""
-
-    # Gold: which groups get it, in whose place, and how it enters the ratio
-    gold_when: str = switch("never", "which groups get gold: those with every rollout wrong, all, "
-                                     "or none", ("all_wrong", "always", "never"))
-    gold_slot: str = switch("random", "which wrong rollout gold replaces (any, if none is wrong)",
-                            ("random", "longest", "first"))
-    gold_old: str = switch("policy", "π_old of gold: the policy's own probability before the "
-                                     "batch's first update, or 1", ("policy", "one"))
-    gold_shape: str = switch("none", "ratio: gold's token ratios p become p / (p + 0.1), "
-                                     "unclipped (LUFFY)", ("none", "ratio"))
-    gold_clip: float | None = switch(None, "gold's own upper clip; none: gold is never clipped")
-    gold_rivals: str = switch("keep", "wrong rollouts beside gold keep their advantages, or get 0",
-                              ("keep", "zero"))
-    gold_advantage: str = switch("group", "gold's advantage: as its group gives it, or 1 as in SFT",
-                                 ("group", "one"))
-    gold_weight: float = switch(1.0, "factor of gold's advantage, and so of its row's objective")
-
-    # Advantages, the ratio and its clip range, and the loss
-    virtual_right: str = switch("never", "which groups count one more reward, a 1, in their mean "
-                                         "and deviation (NGRPO): those without a right response, "
-                                         "all, or none", ("all_wrong", "always", "never"))
-    scale: str = switch("std", "divide a group's advantages by its standard deviation, by nothing "
-                               "(Dr. GRPO), or by its mean reward (MaxRL)",
-                        ("std", "none", "mean"))
-    level: str = switch("token", "one importance ratio per token, or per sequence (the geometric "
-                                 "mean of its tokens')", ("sequence", "token"))
-    clip_low: float = switch(0.2, "ε_low: no gradient once a bad row's ratio is below 1 − ε_low")
-    clip_high: float = switch(0.2, "ε_high: none once a good row's ratio is above 1 + ε_high")
-    aggregation: str = switch("row_mean", "mean over rows of token means | mean over the update's "
-                                          "tokens | sum over (rows · max_new_tokens)",
-                              ("row_mean", "token_mean", "fixed_length"))
-    kl_coef: float = switch(0.0, "weight of a KL penalty of the rollouts against the frozen "
-                                 "reference, the model as it came, in groups with contrast")
-    objective: str = switch("clipped", "the clipped surrogate; cispo: the clipped ratio, without "
-                                       "gradient, times A · log π; or DPO's loss of pairs: each "
-                                       "response above its group's mean reward with each below",
-                            ("clipped", "cispo", "pairs"))
-    beta: float = switch(0.1, "DPO's β, with objective pairs")
-
-    # What is sampled and kept: these act in train.py
-    train_on: str = switch("rollouts", "rollouts: groups sampled from the policy; right: of these "
-                                       "the right responses alone, as in SFT (RFT); gold: gold "
-                                       "answers alone (SFT)", ("rollouts", "right", "gold"))
-    sft_share: float = switch(0.0, "share of the steps, the first ones, that are SFT on gold (of "
-                                   "all switches it heeds --aggregation, if given)")
-    resample: str = switch("none", "dynamic: sample further problems until every group has "
-                                   "contrast; history: at the end of each epoch drop problems "
-                                   "whose rollouts were all right", ("none", "dynamic", "history"))
-    max_tries: int = switch(3, "rounds of sampling per step at most, with resample dynamic")
-    overlong: float = switch(0.0, "over this last share of max_new_tokens a rollout's reward "
-                                  "falls linearly, by 1 in all")
-
-    def __post_init__(self):
-        for name, spec in self.__dataclass_fields__.items():
-            value = getattr(self, name)
-            choices = spec.metadata.get("choices")
-            if choices and value not in choices:
-                raise ValueError(f"{name}={value}: choose one of {', '.join(choices)}")
-        for name in ("clip_low", "clip_high", "gold_clip", "gold_weight", "kl_coef", "beta"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < float("inf"):
-                raise ValueError(f"{name}={value}: must be 0 or more, and finite")
-        for name in ("overlong", "sft_share"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}={getattr(self, name)}: must be from 0 to 1")
-        if self.max_tries < 1:
-            raise ValueError(f"max_tries={self.max_tries}: must be 1 or more")
-        for name, value, other, allowed, why in NEEDS:
-            if getattr(self, name) == value and getattr(self, other) not in allowed:
-                raise ValueError(f"{name}={value}: {why}, so it needs {other}="
-                                 f"{' or '.join(map(str, allowed))}")
-
-    @property
-    def needs_reference(self) -> bool:
-        """Whether the loss looks at the frozen reference, the model as it came."""
-        return self.kl_coef > 0 or self.objective == "pairs"
-
-
-GRPO = Algorithm("grpo", "arXiv 2402.03300")
-GSPO = replace(
-    GRPO, name="gspo", paper="arXiv 2507.18071", level="sequence", clip_low=3e-4, clip_high=4e-4)
-GCPO = replace(
-    GSPO, name="gcpo", paper="arXiv 2510.07790", gold_when="all_wrong", gold_clip=0.2)
-DR_GRPO = replace(
-    GRPO, name="dr_grpo", paper="arXiv 2503.20783", aggregation="fixed_length", scale="none")
-DAPO = replace(
-    GRPO, name="dapo", paper="arXiv 2503.14476", aggregation="token_mean", clip_high=0.28,
-    resample="dynamic", overlong=0.2)
-SRPO = replace(
-    GRPO, name="srpo", paper="arXiv 2504.14286", aggregation="token_mean", resample="history")
-LUFFY = replace(
-    GRPO, name="luffy", paper="arXiv 2504.14945", gold_when="always", gold_old="one",
-    gold_shape="ratio", aggregation="token_mean", scale="none")
-DYME = replace(
-    GRPO, name="dyme", paper="arXiv 2506.23061", gold_when="all_wrong", gold_slot="first",
-    gold_clip=0.2, gold_rivals="zero", gold_advantage="one")
-NGRPO = replace(
-    GRPO, name="ngrpo", paper="arXiv 2509.18851", virtual_right="always", clip_low=0.16,
-    clip_high=0.24, aggregation="token_mean", resample="dynamic")
-CISPO = replace(    # weights from 0 to 5: ScaleRL's bound (arXiv 2510.13786), as in TRL
-    GRPO, name="cispo", paper="arXiv 2506.13585", objective="cispo", clip_low=1.0, clip_high=4.0,
-    aggregation="token_mean")
-MAXRL = replace(
-    GRPO, name="maxrl", paper="arXiv 2602.02710", scale="mean", aggregation="token_mean")
-DPO = replace(
-    GRPO, name="dpo", paper="arXiv 2305.18290", objective="pairs", gold_when="all_wrong")
-SFT = replace(GRPO, name="sft", paper="", train_on="gold", aggregation="token_mean")
-SFT_GCPO = replace(GCPO, name="sft_gcpo", sft_share=0.5)
-RFT = replace(SFT, name="rft", paper="arXiv 2308.01825", train_on="right", gold_when="always")
-
-ALGORITHMS = {a.name: a for a in (
-    GCPO, GRPO, DR_GRPO, DAPO, GSPO, SRPO, CISPO, MAXRL, NGRPO, LUFFY, DYME, DPO, SFT, RFT,
-    SFT_GCPO)}
-
-
 # ---- When contrast fails, go gold ----------------------------------------------------------------
 
 def slot_for_gold(group: Group, gold_slot: str, generator: torch.Generator) -> int:
@@ -478,3 +337,144 @@ def metric_sums(
         "gold_logprob": masked_sum(logprobs, gold),
         "approx_kl": masked_sum(kl_estimate(old_logprobs, logprobs), own),    # KL(π_old ‖ π_θ)
     }
+
+
+# ---- The switches --------------------------------------------------------------------------------
+
+def switch(default, text: str, choices: tuple = ()):
+    """A dataclass field that becomes a flag of train.py, with `text` as its line of --help."""
+    return field(default=default, metadata={"help": text, "choices": choices})
+
+
+NEEDS = (    # with a switch at this value, another must be one of these, because …
+    ("objective", "pairs", "train_on", ("rollouts",), "pairs are right and wrong rollouts"),
+    ("objective", "pairs", "kl_coef", (0,), "the reference model is in the loss already"),
+    ("objective", "pairs", "gold_rivals", ("keep",), "a pair is gold and one of its rivals"),
+    ("objective", "pairs", "gold_weight", (1,), "of an advantage only the sign counts"),
+    ("objective", "pairs", "virtual_right", ("never",), "a pair needs two responses"),
+    ("gold_shape", "ratio", "gold_old", ("one",), "it shapes a probability"),
+    ("gold_shape", "ratio", "objective", ("clipped", "pairs"), "its gradient is the shape's own"),
+    ("scale", "mean", "overlong", (0,), "rewards must not be negative"),
+    ("train_on", "right", "resample", ("none", "history"), "wrong responses are dropped anyway"))
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """Every choice of the family. An algorithm of the literature is one setting of the switches.
+
+    Raises ValueError, "switch=value: why", for values that cannot be or contradict each other."""
+    name: str
+    paper: str = ""
+
+    # Gold: which groups get it, in whose place, and how it enters the ratio
+    gold_when: str = switch("never", "which groups get gold: those with every rollout wrong, all, "
+                                     "or none", ("all_wrong", "always", "never"))
+    gold_slot: str = switch("random", "which wrong rollout gold replaces (any, if none is wrong)",
+                            ("random", "longest", "first"))
+    gold_old: str = switch("policy", "π_old of gold: the policy's own probability before the "
+                                     "batch's first update, or 1", ("policy", "one"))
+    gold_shape: str = switch("none", "ratio: gold's token ratios p become p / (p + 0.1), "
+                                     "unclipped (LUFFY)", ("none", "ratio"))
+    gold_clip: float | None = switch(None, "gold's own upper clip; none: gold is never clipped")
+    gold_rivals: str = switch("keep", "wrong rollouts beside gold keep their advantages, or get 0",
+                              ("keep", "zero"))
+    gold_advantage: str = switch("group", "gold's advantage: as its group gives it, or 1 as in SFT",
+                                 ("group", "one"))
+    gold_weight: float = switch(1.0, "factor of gold's advantage, and so of its row's objective")
+
+    # Advantages, the ratio and its clip range, and the loss
+    virtual_right: str = switch("never", "which groups count one more reward, a 1, in their mean "
+                                         "and deviation (NGRPO): those without a right response, "
+                                         "all, or none", ("all_wrong", "always", "never"))
+    scale: str = switch("std", "divide a group's advantages by its standard deviation, by nothing "
+                               "(Dr. GRPO), or by its mean reward (MaxRL)",
+                        ("std", "none", "mean"))
+    level: str = switch("token", "one importance ratio per token, or per sequence (the geometric "
+                                 "mean of its tokens')", ("sequence", "token"))
+    clip_low: float = switch(0.2, "ε_low: no gradient once a bad row's ratio is below 1 − ε_low")
+    clip_high: float = switch(0.2, "ε_high: none once a good row's ratio is above 1 + ε_high")
+    aggregation: str = switch("row_mean", "mean over rows of token means | mean over the update's "
+                                          "tokens | sum over (rows · max_new_tokens)",
+                              ("row_mean", "token_mean", "fixed_length"))
+    kl_coef: float = switch(0.0, "weight of a KL penalty of the rollouts against the frozen "
+                                 "reference, the model as it came, in groups with contrast")
+    objective: str = switch("clipped", "the clipped surrogate; cispo: the clipped ratio, without "
+                                       "gradient, times A · log π; or DPO's loss of pairs: each "
+                                       "response above its group's mean reward with each below",
+                            ("clipped", "cispo", "pairs"))
+    beta: float = switch(0.1, "DPO's β, with objective pairs")
+
+    # What is sampled and kept: these act in train.py
+    train_on: str = switch("rollouts", "rollouts: groups sampled from the policy; right: of these "
+                                       "the right responses alone, as in SFT (RFT); gold: gold "
+                                       "answers alone (SFT)", ("rollouts", "right", "gold"))
+    sft_share: float = switch(0.0, "share of the steps, the first ones, that are SFT on gold (of "
+                                   "all switches it heeds --aggregation, if given)")
+    resample: str = switch("none", "dynamic: sample further problems until every group has "
+                                   "contrast; history: at the end of each epoch drop problems "
+                                   "whose rollouts were all right", ("none", "dynamic", "history"))
+    max_tries: int = switch(3, "rounds of sampling per step at most, with resample dynamic")
+    overlong: float = switch(0.0, "over this last share of max_new_tokens a rollout's reward "
+                                  "falls linearly, by 1 in all")
+
+    def __post_init__(self):
+        for name, spec in self.__dataclass_fields__.items():
+            value = getattr(self, name)
+            choices = spec.metadata.get("choices")
+            if choices and value not in choices:
+                raise ValueError(f"{name}={value}: choose one of {', '.join(choices)}")
+        for name in ("clip_low", "clip_high", "gold_clip", "gold_weight", "kl_coef", "beta"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < float("inf"):
+                raise ValueError(f"{name}={value}: must be 0 or more, and finite")
+        for name in ("overlong", "sft_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be from 0 to 1")
+        if self.max_tries < 1:
+            raise ValueError(f"max_tries={self.max_tries}: must be 1 or more")
+        for name, value, other, allowed, why in NEEDS:
+            if getattr(self, name) == value and getattr(self, other) not in allowed:
+                raise ValueError(f"{name}={value}: {why}, so it needs {other}="
+                                 f"{' or '.join(map(str, allowed))}")
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the loss looks at the frozen reference, the model as it came."""
+        return self.kl_coef > 0 or self.objective == "pairs"
+
+
+GRPO = Algorithm("grpo", "arXiv 2402.03300")
+GSPO = replace(
+    GRPO, name="gspo", paper="arXiv 2507.18071", level="sequence", clip_low=3e-4, clip_high=4e-4)
+GCPO = replace(
+    GSPO, name="gcpo", paper="arXiv 2510.07790", gold_when="all_wrong", gold_clip=0.2)
+DR_GRPO = replace(
+    GRPO, name="dr_grpo", paper="arXiv 2503.20783", aggregation="fixed_length", scale="none")
+DAPO = replace(
+    GRPO, name="dapo", paper="arXiv 2503.14476", aggregation="token_mean", clip_high=0.28,
+    resample="dynamic", overlong=0.2)
+SRPO = replace(
+    GRPO, name="srpo", paper="arXiv 2504.14286", aggregation="token_mean", resample="history")
+LUFFY = replace(
+    GRPO, name="luffy", paper="arXiv 2504.14945", gold_when="always", gold_old="one",
+    gold_shape="ratio", aggregation="token_mean", scale="none")
+DYME = replace(
+    GRPO, name="dyme", paper="arXiv 2506.23061", gold_when="all_wrong", gold_slot="first",
+    gold_clip=0.2, gold_rivals="zero", gold_advantage="one")
+NGRPO = replace(
+    GRPO, name="ngrpo", paper="arXiv 2509.18851", virtual_right="always", clip_low=0.16,
+    clip_high=0.24, aggregation="token_mean", resample="dynamic")
+CISPO = replace(    # weights from 0 to 5: ScaleRL's bound (arXiv 2510.13786), as in TRL
+    GRPO, name="cispo", paper="arXiv 2506.13585", objective="cispo", clip_low=1.0, clip_high=4.0,
+    aggregation="token_mean")
+MAXRL = replace(
+    GRPO, name="maxrl", paper="arXiv 2602.02710", scale="mean", aggregation="token_mean")
+DPO = replace(
+    GRPO, name="dpo", paper="arXiv 2305.18290", objective="pairs", gold_when="all_wrong")
+SFT = replace(GRPO, name="sft", paper="", train_on="gold", aggregation="token_mean")
+SFT_GCPO = replace(GCPO, name="sft_gcpo", sft_share=0.5)
+RFT = replace(SFT, name="rft", paper="arXiv 2308.01825", train_on="right", gold_when="always")
+
+ALGORITHMS = {a.name: a for a in (
+    GCPO, GRPO, DR_GRPO, DAPO, GSPO, SRPO, CISPO, MAXRL, NGRPO, LUFFY, DYME, DPO, SFT, RFT,
+    SFT_GCPO)}
