@@ -19,7 +19,8 @@ One importance ratio per sequence (as in GSPO), no KL penalty, no value network,
 We had the paper's abstract and its authors' summaries, not its method section. They are clear on
 four points: gold only if all rollouts fail, one rollout replaced, a sequence-level ratio, no KL.
 Advantages and aggregation follow another paper's table (README, "What the paper leaves open"). The
-rest is our choice. Each is a switch of `Algorithm`:
+rest is our choice. Each is a switch of `Algorithm`, which stands at the end of this file, with the
+algorithms of the literature as its presets. GCPO's:
 
     gold_slot     a random wrong rollout gives way; `longest` would spare long failures their
                   negative gradient, which is a length bias
@@ -127,6 +128,8 @@ def gold_group(prompt: Tensor, gold_ids: Tensor) -> Group:
         logprobs=torch.full((1, length), float("nan")), correct=yes, rewards=torch.ones(1),
         is_gold=yes)
 
+
+# ---- Advantages ----------------------------------------------------------------------------------
 
 def group_advantages(rewards: Tensor, scale: str = "std") -> Tensor:
     """How much better each response did than its group: rewards (G,) -> advantages (G,), fp32.
@@ -339,23 +342,11 @@ def metric_sums(
     }
 
 
-# ---- The switches --------------------------------------------------------------------------------
+# ---- The switches, and algorithms as settings of them --------------------------------------------
 
 def switch(default, text: str, choices: tuple = ()):
     """A dataclass field that becomes a flag of train.py, with `text` as its line of --help."""
     return field(default=default, metadata={"help": text, "choices": choices})
-
-
-NEEDS = (    # with a switch at this value, another must be one of these, because …
-    ("objective", "pairs", "train_on", ("rollouts",), "pairs are right and wrong rollouts"),
-    ("objective", "pairs", "kl_coef", (0,), "the reference model is in the loss already"),
-    ("objective", "pairs", "gold_rivals", ("keep",), "a pair is gold and one of its rivals"),
-    ("objective", "pairs", "gold_weight", (1,), "of an advantage only the sign counts"),
-    ("objective", "pairs", "virtual_right", ("never",), "a pair needs two responses"),
-    ("gold_shape", "ratio", "gold_old", ("one",), "it shapes a probability"),
-    ("gold_shape", "ratio", "objective", ("clipped", "pairs"), "its gradient is the shape's own"),
-    ("scale", "mean", "overlong", (0,), "rewards must not be negative"),
-    ("train_on", "right", "resample", ("none", "history"), "wrong responses are dropped anyway"))
 
 
 @dataclass(frozen=True)
@@ -441,6 +432,18 @@ class Algorithm:
     def needs_reference(self) -> bool:
         """Whether the loss looks at the frozen reference, the model as it came."""
         return self.kl_coef > 0 or self.objective == "pairs"
+
+
+NEEDS = (    # with a switch at this value, another must be one of these, because …
+    ("objective", "pairs", "train_on", ("rollouts",), "pairs are right and wrong rollouts"),
+    ("objective", "pairs", "kl_coef", (0,), "the reference model is in the loss already"),
+    ("objective", "pairs", "gold_rivals", ("keep",), "a pair is gold and one of its rivals"),
+    ("objective", "pairs", "gold_weight", (1,), "of an advantage only the sign counts"),
+    ("objective", "pairs", "virtual_right", ("never",), "a pair needs two responses"),
+    ("gold_shape", "ratio", "gold_old", ("one",), "it shapes a probability"),
+    ("gold_shape", "ratio", "objective", ("clipped", "pairs"), "its gradient is the shape's own"),
+    ("scale", "mean", "overlong", (0,), "rewards must not be negative"),
+    ("train_on", "right", "resample", ("none", "history"), "wrong responses are dropped anyway"))
 
 
 GRPO = Algorithm("grpo", "arXiv 2402.03300")
