@@ -60,31 +60,48 @@ def draw_arms(lines: list[dict], path: str) -> None:
 
 
 def draw_shares(scarce: list[dict], shares: list[dict], path: str) -> None:
-    """Held-out accuracy against the share of `scarce`'s other 625 problems that have gold."""
+    """What more gold changes: `scarce`'s other 625 problems without gold, then more and more of
+    them with it. Hard locks; and each arm beside GCPO on hard locks and on easy ones, paired by
+    seed."""
     of_share = {0: [line for line in scarce if line["lr"] == "6e-4"]}
+    gspo = [line for line in of_share[0] if line["arm"] == "GSPO"]    # it uses no gold anyway
     for more in SHARES:
-        of_share[more] = [line for line in shares if line["golds"] == str(more)]
-    arms = list(dict.fromkeys(line["arm"] for line in shares))
+        of_share[more] = gspo + [line for line in shares if line["golds"] == str(more)]
+    arms = dict.fromkeys(["GCPO", *(line["arm"] for line in shares), "GSPO"])
+    figure, axes = plt.subplots(1, 3, figsize=(14, 4.4))
+    for k, arm in enumerate(arms):
+        style = dict(color=f"C{k}", marker="o", ms=4, ls="--" if arm == "GSPO" else "-")
+        levels = [of_arm(lines, arm, "hard").values() for lines in of_share.values()]
+        axes[0].plot([statistics.mean(values) for values in levels], label=arm, **style)
+        for axis, kind in zip(axes[1:], ("hard", "easy")):
+            differences = [paired(lines, arm, "GCPO", kind) for lines in of_share.values()]
+            means, halves = zip(*map(interval, differences))
+            places = [place + 0.07 * (k - len(arms) / 2) for place in range(len(of_share))]
+            if arm != "GCPO":
+                axis.errorbar(places, means, yerr=halves, capsize=2, **style)
     unknown = 2 * HALF - GOLDS
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4))
-    for axis, kind in zip(axes, ("easy", "hard")):
-        for k, arm in enumerate(arms):
-            points = {}
-            for place, lines in enumerate(of_share.values()):
-                values = [100 * line[kind] for line in lines if line["arm"] == arm]
-                if values:
-                    points[place + 0.06 * (k - len(arms) / 2)] = interval(values)
-            means, halves = zip(*points.values())
-            axis.errorbar(list(points), means, yerr=halves, marker="o", ms=4, capsize=2, label=arm)
-        gspo = [100 * line[kind] for line in of_share[0] if line["arm"] == "GSPO"]
-        if gspo:
-            axis.axhline(statistics.mean(gspo), color="0.4", ls="--", lw=1, label="GSPO, no gold")
+    for axis, title in zip(axes, ("hard locks, held out: right, %", "hard: beside GCPO, points",
+                                  "easy: beside GCPO, points")):
+        axis.set_title(title)
         axis.set_xticks(range(len(of_share)), [f"{more / unknown:.0%}" for more in of_share])
         axis.set_xlabel("share of the other problems that have gold")
-        axis.set_title(f"{kind} locks, held out: right, %")
-    axes[1].legend(fontsize=8)
+        axis.grid(axis="y", alpha=0.3)
+    for axis in axes[1:]:
+        axis.axhline(0, color="C0", lw=1)
+    axes[0].legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
+
+
+def of_arm(lines: list[dict], arm: str, kind: str) -> dict[int, float]:
+    """An arm's accuracy with each seed, in %."""
+    return {line["seed"]: 100 * line[kind] for line in lines if line["arm"] == arm}
+
+
+def paired(lines: list[dict], arm: str, other: str, kind: str) -> list[float]:
+    """The difference with each seed that both have."""
+    a, b = of_arm(lines, arm, kind), of_arm(lines, other, kind)
+    return [a[seed] - b[seed] for seed in a if seed in b]
 
 
 if __name__ == "__main__":
