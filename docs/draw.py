@@ -11,7 +11,7 @@ import statistics
 
 import matplotlib
 
-from experiments import GOLDS, HALF, ROOT, SHARES, interval, read
+from experiments import GOLDS, HALF, ROOT, SHARES, START, interval, read
 
 
 matplotlib.use("Agg")
@@ -19,26 +19,27 @@ from matplotlib import pyplot as plt  # noqa: E402
 
 
 def main():
-    for name in ("square", "scarce"):
-        path = os.path.join(ROOT, "docs", "runs", f"{name}.jsonl")
-        if os.path.exists(path):
-            draw_arms(read(path), os.path.join(ROOT, "docs", f"{name}.png"))
-    scarce, shares = (os.path.join(ROOT, "docs", "runs", f"{name}.jsonl")
-                      for name in ("scarce", "shares"))
-    if os.path.exists(scarce) and os.path.exists(shares):
-        draw_shares(read(scarce), read(shares), os.path.join(ROOT, "docs", "shares.png"))
+    lines = {name: read(os.path.join(ROOT, "docs", "runs", f"{name}.jsonl"))
+             for name in ("square", "scarce", "shares")}
+    draw_arms(lines["square"], os.path.join(ROOT, "docs", "square.png"))
+    of_start, of_arms = [], []
+    for line in lines["scarce"]:
+        (of_start if line["arm"] == START else of_arms).append(line)
+    draw_arms(of_arms, os.path.join(ROOT, "docs", "scarce.png"), of_start)
+    draw_shares(lines["scarce"], lines["shares"], os.path.join(ROOT, "docs", "shares.png"))
 
 
-def draw_arms(lines: list[dict], path: str) -> None:
-    """Held-out accuracy of each arm at each rate: a panel for easy locks, and one for hard ones."""
+def draw_arms(lines: list[dict], path: str, of_start: list[dict] = ()) -> None:
+    """Held-out accuracy of each arm at each rate: a panel for easy locks, and one for hard ones.
+    of_start: the same of each seed's start model; what is shown is then what an arm gained."""
     arms = list(dict.fromkeys(line["arm"] for line in lines))
-    of_start = [line["lr"] for line in lines if line["lr"] == "–"][:1]
-    rates = sorted({line["lr"] for line in lines} - {"–"}, key=float) + of_start
+    rates = sorted({line["lr"] for line in lines}, key=float)
     figure, axes = plt.subplots(1, 2, figsize=(11, 0.36 * len(arms) + 1.4), sharey=True)
     for axis, kind in zip(axes, ("easy", "hard")):
+        start = {line["seed"]: line[kind] for line in of_start}
         for k, rate in enumerate(rates):
             for row, arm in enumerate(arms):
-                values = [100 * line[kind] for line in lines
+                values = [100 * (line[kind] - start.get(line["seed"], 0)) for line in lines
                           if (line["arm"], line["lr"]) == (arm, rate)]
                 if not values:
                     continue
@@ -49,7 +50,9 @@ def draw_arms(lines: list[dict], path: str) -> None:
                 axis.errorbar(mean, y, xerr=half, fmt="o", ms=4, color=colour, capsize=2,
                               label=f"learning rate {rate}")
         axis.set_title(f"{kind} locks, held out: right, %")
-        axis.set_xlim(-3, 103)
+        if of_start:
+            axis.set_title(f"{kind} locks: gained on the start model, points")
+            axis.axvline(0, color="0.4", lw=1)
         axis.grid(axis="x", alpha=0.3)
     axes[0].set_yticks(range(len(arms)), arms)
     axes[0].invert_yaxis()
