@@ -775,8 +775,8 @@ def our_steps(args, device: torch.device, turns: Turns) -> list[str]:
 
     with contextlib.suppress(Enough):
         train.train(run, log)
-    prompts = [p.prompt for p in run.problems]
-    need = estimate(config, run.algorithm, run.policy.config, prompts, device, run.policy.dtype)
+    need = estimate(
+        config, run.algorithm, run.policy.config, run.problems, device, run.policy.dtype)
     return [f"our estimate of memory before the run: {need.total / GIB:.2f} GiB; updates "
             f"with a gradient that was not finite: {sum(not_finite):.0f}"]
 

@@ -141,8 +141,7 @@ def load_run(config: Config, algorithm: Algorithm, device: torch.device) -> Run:
                          f"can be used{first}")
 
     dtype = pick_dtype(config.dtype, device)
-    prompts = [p.prompt for p in problems]
-    warn_if_too_large(config, algorithm, shape, prompts, device, dtype)
+    warn_if_too_large(config, algorithm, shape, problems, device, dtype)
     master, policy = load_master_and_policy(config, device, dtype)
     for model in (master, policy):
         model.gradient_checkpointing = config.gradient_checkpointing

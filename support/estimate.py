@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import functools
 import math
+import statistics
 import sys
 from dataclasses import replace
 from typing import NamedTuple
@@ -22,7 +23,7 @@ class Circumstances(NamedTuple):
     device: str            # "cpu" or "cuda"
     dtype: torch.dtype     # the policy's
     processes: int         # that share the masters (--shard), or 1
-    prompt: int            # tokens of the longest
+    prompt: float          # its tokens
     group: int             # rows of a group as it is trained on
     has_reference: bool    # a frozen start model
 
@@ -108,13 +109,20 @@ def of_update(shape: ModelConfig, config, place: Circumstances) -> float:
     return kept * blocks + logits + of_output
 
 
-def estimate(config, algorithm, shape: ModelConfig, prompts, device, dtype) -> Need:
-    """Memory that a run with these settings needs; prompts: the token ids of each."""
+def estimate(config, algorithm, shape: ModelConfig, problems, device, dtype) -> Need:
+    """Memory that a run with these settings needs. Rollouts may all be as long as they can be, to
+    the longest prompt; SFT's golds have their lengths, and a pass has long ones and short ones."""
+    prompt = max(len(p.prompt) for p in problems)
+    if algorithm.train_on == "gold":
+        with_gold = [p for p in problems if p.gold_ids is not None]
+        prompt = statistics.mean(len(p.prompt) for p in with_gold)
+        response = statistics.mean(len(p.gold_ids) for p in with_gold)
+        config = replace(config, max_new_tokens=response)
     return needs(shape, config, Circumstances(
         device=torch.device(device).type,
         dtype=dtype,
         processes=parallel.world() if config.shard else 1,
-        prompt=max(len(p) for p in prompts),
+        prompt=prompt,
         group=1 if algorithm.train_on == "gold" else config.group_size,
         has_reference=algorithm.needs_reference))
 
@@ -164,12 +172,12 @@ def read_number(path: str) -> int:
         return int(f.read())
 
 
-def warn_if_too_large(config, algorithm, shape: ModelConfig, prompts, device, dtype) -> None:
+def warn_if_too_large(config, algorithm, shape: ModelConfig, problems, device, dtype) -> None:
     """Before a model is loaded: print one line if the run will hardly fit, with flags that would
     make it fit."""
     def gib(**changes):
         changed = replace(config, **changes)
-        return estimate(changed, algorithm, shape, prompts, device, dtype).total / 2**30
+        return estimate(changed, algorithm, shape, problems, device, dtype).total / 2**30
 
     free, needed = free_bytes(device) / 2**30, gib()
     if needed <= free or parallel.rank() > 0:

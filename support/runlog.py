@@ -111,9 +111,8 @@ def announce(run, command: str) -> None:
     with_gold = sum(p.gold_ids is not None for p in run.problems)
     threads = f" ({torch.get_num_threads()} threads)" if device.type == "cpu" else ""
     dtype = str(run.policy.dtype).removeprefix("torch.")
-    prompts = [p.prompt for p in run.problems]
     need = estimate(
-        run.config, run.algorithm, run.policy.config, prompts, device, run.policy.dtype)
+        run.config, run.algorithm, run.policy.config, run.problems, device, run.policy.dtype)
     stops = run.tokenizer.stop_tokens
     ends = f"; responses end with {' or '.join(stops)}" if len(stops) > 1 else ""
     print(command)

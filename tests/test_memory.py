@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from bench import config_of, write_random_model
+from data import Problem
 from gcpo import ALGORITHMS
 from support import estimate
 from support.options import Config
@@ -26,10 +27,11 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     ("SmolLM2-135M", 150, []),
     ("SmolLM2-135M", 150, ["--gradient-checkpointing"]),
     ("SmolLM2-360M", 60, []),
-    ("SmolLM2-360M", 60, ["--lora-rank", "16"])])
+    ("SmolLM2-360M", 60, ["--lora-rank", "16"]),
+    ("SmolLM2-135M", 400, ["--algo", "sft", "--prompts", "8"])])
 def test_estimate_is_what_a_run_uses(toy, tmp_path, shape, tokens, flags):
-    """A run of responses of full length uses what was estimated, to 15 %. (Bug: a message that
-    frightens users away, or a run that dies although it was said to fit.)"""
+    """A run of responses of full length, or of golds, uses what was estimated, to 15 %. (Bug: a
+    message that frightens users away, or a run that dies although it was said to fit.)"""
     write_random_model(tmp_path, shape)
     model = tmp_path / "model"
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -51,7 +53,7 @@ def asked(tmp_path, monkeypatch, capsys, free, **settings):
     monkeypatch.setattr(estimate, "free_bytes", lambda device: free * 2**30)
     estimate.warn_if_too_large(
         Config(**settings), ALGORITHMS["gcpo"], config_of(tmp_path, "Qwen2.5-1.5B"),
-        [torch.arange(100)], torch.device("cuda"), torch.bfloat16)
+        [Problem("", "", prompt=torch.arange(100))], torch.device("cuda"), torch.bfloat16)
     return capsys.readouterr().err
 
 
