@@ -11,7 +11,8 @@ gradient dW becomes that of A and B, matrix by matrix, as backward completes it,
 
 So a parameter of the blocks takes 4 bytes in bf16 (W0 and W) and any other 2, where full training
 takes 20. Embeddings, the output matrix, norms and biases stay as they are. In bf16 W is rounded: a
-change below its last bit is not seen until it has grown (`update/bf16_changed`).
+change below its last bit is not seen until it has grown (`update/bf16_changed`). When a small rank
+fails: docs/results.md, "Low rank".
 """
 from __future__ import annotations
 
