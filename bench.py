@@ -974,9 +974,9 @@ def cost() -> None:
         for way, settings in ways.items():
             settings = dict(settings)
             place = Circumstances(
-                device="cuda", dtype=torch.bfloat16, prompt=200, group=8,
+                device="cuda", dtype=torch.bfloat16, prompt=200, response=512, group=8,
                 processes=settings.pop("processes", 1), has_reference=False)
-            config = Config(max_new_tokens=512, rows_per_pass=16, **settings)
+            config = Config(rows_per_pass=16, **settings)
             total = needs(shape, config, place).total
             cells.append(f"{total / GIB:.0f}".rjust(len(way) + 2))
         print_row(14, name, cells)

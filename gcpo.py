@@ -19,8 +19,8 @@ One importance ratio per sequence (as in GSPO), no KL penalty, no value network,
 We had the paper's abstract and its authors' summaries, not its method section. They are clear on
 four points: gold only if all rollouts fail, one rollout replaced, a sequence-level ratio, no KL.
 Advantages and aggregation follow another paper's table (README, "What the paper leaves open"). The
-rest is our choice. Each is a switch of `Algorithm`, which stands at the end of this file, with the
-algorithms of the literature as its presets. GCPO's:
+rest is our choice. Each choice is a switch of `Algorithm`, at the end of this file, where the
+algorithms of the literature are settings of it. What GCPO has:
 
     gold_slot     a random wrong rollout gives way; `longest` would spare long failures their
                   negative gradient, which is a length bias

@@ -2,7 +2,7 @@
 
     python docs/draw.py    writes docs/square.png, docs/scarce.png and docs/shares.png
 
-A point is a seed; a bar the mean and its 95 % interval (Student's t).
+A bar is the mean over seeds and its 95 % interval (Student's t); a small point is a seed.
 """
 from __future__ import annotations
 
@@ -22,25 +22,23 @@ def main():
     lines = {name: read(os.path.join(ROOT, "docs", "runs", f"{name}.jsonl"))
              for name in ("square", "scarce", "shares")}
     draw_arms(lines["square"], os.path.join(ROOT, "docs", "square.png"))
-    of_start, of_arms = [], []
-    for line in lines["scarce"]:
-        (of_start if line["arm"] == START else of_arms).append(line)
-    draw_arms(of_arms, os.path.join(ROOT, "docs", "scarce.png"), of_start)
+    draw_arms(lines["scarce"], os.path.join(ROOT, "docs", "scarce.png"), beside=START)
     draw_shares(lines["scarce"], lines["shares"], os.path.join(ROOT, "docs", "shares.png"))
 
 
-def draw_arms(lines: list[dict], path: str, of_start: list[dict] = ()) -> None:
+def draw_arms(lines: list[dict], path: str, beside: str | None = None) -> None:
     """Held-out accuracy of each arm at each rate: a panel for easy locks, and one for hard ones.
-    of_start: the same of each seed's start model; what is shown is then what an arm gained."""
-    arms = list(dict.fromkeys(line["arm"] for line in lines))
-    rates = sorted({line["lr"] for line in lines}, key=float)
+    beside: an arm without a rate (–); what is shown is then what the others gained on it."""
+    arms = [arm for arm in dict.fromkeys(line["arm"] for line in lines) if arm != beside]
+    rates = sorted({line["lr"] for line in lines} - {"–"}, key=float)
     figure, axes = plt.subplots(1, 2, figsize=(11, 0.36 * len(arms) + 1.4), sharey=True)
     for axis, kind in zip(axes, ("easy", "hard")):
-        start = {line["seed"]: line[kind] for line in of_start}
         for k, rate in enumerate(rates):
+            of_rate = [line for line in lines if line["lr"] in (rate, "–")]
             for row, arm in enumerate(arms):
-                values = [100 * (line[kind] - start.get(line["seed"], 0)) for line in lines
-                          if (line["arm"], line["lr"]) == (arm, rate)]
+                values = list(of_arm(of_rate, arm, kind).values())
+                if beside:
+                    values = paired(of_rate, arm, beside, kind)
                 if not values:
                     continue
                 y = row + 0.22 * (k - (len(rates) - 1) / 2)
@@ -50,8 +48,8 @@ def draw_arms(lines: list[dict], path: str, of_start: list[dict] = ()) -> None:
                 axis.errorbar(mean, y, xerr=half, fmt="o", ms=4, color=colour, capsize=2,
                               label=f"learning rate {rate}")
         axis.set_title(f"{kind} locks, held out: right, %")
-        if of_start:
-            axis.set_title(f"{kind} locks: gained on the start model, points")
+        if beside:
+            axis.set_title(f"{kind} locks: gained on {beside}, points")
             axis.axvline(0, color="0.4", lw=1)
         axis.grid(axis="x", alpha=0.3)
     axes[0].set_yticks(range(len(arms)), arms)
@@ -76,12 +74,13 @@ def draw_shares(scarce: list[dict], shares: list[dict], path: str) -> None:
         style = dict(color=f"C{k}", marker="o", ms=4, ls="--" if arm == "GSPO" else "-")
         levels = [of_arm(lines, arm, "hard").values() for lines in of_share.values()]
         axes[0].plot([statistics.mean(values) for values in levels], label=arm, **style)
+        if arm == "GCPO":
+            continue
         for axis, kind in zip(axes[1:], ("hard", "easy")):
             differences = [paired(lines, arm, "GCPO", kind) for lines in of_share.values()]
             means, halves = zip(*map(interval, differences))
             places = [place + 0.07 * (k - len(arms) / 2) for place in range(len(of_share))]
-            if arm != "GCPO":
-                axis.errorbar(places, means, yerr=halves, capsize=2, **style)
+            axis.errorbar(places, means, yerr=halves, capsize=2, **style)
     unknown = 2 * HALF - GOLDS
     for axis, title in zip(axes, ("hard locks, held out: right, %", "hard: beside GCPO, points",
                                   "easy: beside GCPO, points")):

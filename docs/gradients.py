@@ -64,20 +64,18 @@ def main():
 def one_run(regime: str, seed: int, folder: str) -> list[dict]:
     """GCPO from the regime's start model, taken apart every so many steps."""
     experiments.seed_files(folder, seed)
-    at = os.path.join(folder, str(seed))
-    start, data = os.path.join(at, "base"), os.path.join(at, "near-300.jsonl")
+    flags_of = experiments.start_from(folder, "base", "near-300.jsonl")
     if regime == "scarce":
         experiments.scarce_files(folder, seed, SCARCE)
-        start = os.path.join(at, "start", "model")
-        data = os.path.join(at, f"problems-{SCARCE}.jsonl")
+        flags_of = experiments.start_from(
+            folder, os.path.join("start", "model"), f"problems-{SCARCE}.jsonl")
     config, algorithm, _ = parse_flags([
-        *shlex.split(experiments.REGIME), "--algo", "gcpo", "--model", start, "--data", data,
+        *shlex.split(experiments.REGIME), "--algo", "gcpo", *flags_of(seed),
         "--lr", RATES[regime], "--seed", str(seed)])
     run = load_run(config, algorithm, torch.device("cpu"))
     limits = Limits(config.max_new_tokens, run.master.config.max_position_embeddings)
-    held_out = {kind: prepare(read_problems(os.path.join(at, f"{kind}.jsonl")), run.tokenizer,
-                              limits)
-                for kind in experiments.EACH_SEED}
+    held_out = {kind: prepare(read_problems(path), run.tokenizer, limits)
+                for kind, path in experiments.held_out_of(folder, seed).items()}
     lines, state = [], State()
     for step in range(config.steps + 1):
         if step % EVERY == 0:

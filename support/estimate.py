@@ -23,7 +23,8 @@ class Circumstances(NamedTuple):
     device: str            # "cpu" or "cuda"
     dtype: torch.dtype     # the policy's
     processes: int         # that share the masters (--shard), or 1
-    prompt: float          # its tokens
+    prompt: float          # tokens of a prompt
+    response: float        # tokens of a response
     group: int             # rows of a group as it is trained on
     has_reference: bool    # a frozen start model
 
@@ -76,7 +77,7 @@ def of_rollouts(shape: ModelConfig, config, place: Circumstances) -> float:
     """Caches and logits; and on a CPU the weights once more, laid out for its products."""
     size = place.dtype.itemsize
     rows = min(config.rows or MOST_ROWS, config.prompts * config.group_size)
-    columns = config.max_new_tokens + place.prompt
+    columns = place.response + place.prompt
     per_column = 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim * size
     packed = 0 if place.device == "cuda" else size * count_parameters(shape)[0]
     return rows * (columns * per_column + 28 * shape.vocab_size) + packed
@@ -88,7 +89,7 @@ def of_update(shape: ModelConfig, config, place: Circumstances) -> float:
     V, D = shape.vocab_size, shape.hidden_size
     rows = min(config.rows_per_pass, config.prompts * place.group)
     prompts = max(1, rows // place.group)
-    tokens = rows * config.max_new_tokens + prompts * place.prompt
+    tokens = rows * place.response + prompts * place.prompt
     keys = tokens + rows * place.prompt
     # Of each token in each block: around the norms and the residual 4 D, in the MLP 4 I, and around
     # attention 3 H·d (5 where it goes by products) and 2 K·d of each key.
@@ -110,20 +111,24 @@ def of_update(shape: ModelConfig, config, place: Circumstances) -> float:
 
 
 def estimate(config, algorithm, shape: ModelConfig, problems, device, dtype) -> Need:
-    """Memory that a run with these settings needs. Rollouts may all be as long as they can be, to
-    the longest prompt; SFT's golds have their lengths, and a pass has long ones and short ones."""
-    prompt = max(len(p.prompt) for p in problems)
+    """Memory that a run with these settings needs. All rollouts of a pass may answer the longest
+    prompt and reach the limit. SFT's golds are as long as they are, long and short ones mixed."""
     if algorithm.train_on == "gold":
+        group = 1
         with_gold = [p for p in problems if p.gold_ids is not None]
         prompt = statistics.mean(len(p.prompt) for p in with_gold)
         response = statistics.mean(len(p.gold_ids) for p in with_gold)
-        config = replace(config, max_new_tokens=response)
+    else:
+        group = config.group_size
+        prompt = max(len(p.prompt) for p in problems)
+        response = config.max_new_tokens
     return needs(shape, config, Circumstances(
         device=torch.device(device).type,
         dtype=dtype,
         processes=parallel.world() if config.shard else 1,
         prompt=prompt,
-        group=1 if algorithm.train_on == "gold" else config.group_size,
+        response=response,
+        group=group,
         has_reference=algorithm.needs_reference))
 
 
