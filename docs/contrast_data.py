@@ -7,8 +7,8 @@ TRAIN.jsonl is GSM8K's training file; its lines after the 7,000th are not used. 
 at most two calculations (`<<3*4=12>>`; 2,497 of them) it writes to DIR
 
     start.jsonl       the first 1,250, with gold, for SFT to make the start model
-    held_out.jsonl    the next 100
-    rl.jsonl          the others: every fourth with gold, the rest with an answer alone
+    held_out.jsonl    the next 247
+    rl.jsonl          the other 1,000: every fourth with gold, the rest with an answer alone
     golds.jsonl       those of rl.jsonl that have gold
 """
 from __future__ import annotations
@@ -19,7 +19,7 @@ import sys
 from experiments import answer_alone, read, write
 
 
-FOR_START, HELD_OUT = 1250, 100
+FOR_START, HELD_OUT = 1250, 247
 
 
 def main():

@@ -910,9 +910,8 @@ def last_third(log: Log) -> Log:
 
 
 def mean_share(log: Log, key: str) -> str:
-    if not log or key not in log[0]:
-        return ""
-    return f"{statistics.mean(r[key] for r in log):.0%}"
+    values = [r[key] for r in log if r.get(key) is not None]
+    return f"{statistics.mean(values):.0%}" if values else ""
 
 
 def gold_logprobs(log: Log) -> str:

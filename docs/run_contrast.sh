@@ -14,10 +14,10 @@
 #                                         steps and for about equal seconds)
 #   SEEDS     "0 1"                       (0)
 #   STEPS     of an arm                   (30)
+#   FLAGS     more flags of the arms' training, as in "--prompts 16"
+#   EVAL      more flags of every evaluation, as in "--rows 1024"
 #   WORK      where it lies, and the start model in WORK-start      (runs/contrast)
 #   PYTHON    the interpreter             (.venv/bin/python)
-#
-# FLAGS and EVAL of docs/run_real.sh are set here.
 
 # shellcheck disable=SC2086    # variables that hold several flags stand without quotes
 set -euo pipefail
@@ -38,7 +38,7 @@ data=$WORK/data
 common="--max-new-tokens 120"
 
 [ -f "$data/golds.jsonl" ] || $PYTHON docs/contrast_data.py "$problems" "$data"
-export EVAL="--samples 4 --temperature 0.6 $common"
+export EVAL="--samples 8 --temperature 0.6 $common ${EVAL:-}"
 
 # The start model, and how it and the model as it came do on the held-out problems.
 (
@@ -53,6 +53,7 @@ start=$WORK-start/sft-seed0/model
 golds=data=$data/golds.jsonl
 export ARMS=${ARMS:-grpo gcpo gcpo:$STEPS:gold-rivals=zero rft sft:$STEPS:$golds \
   sft:$((5 * STEPS)):$golds}
-export FLAGS="--prompts 8 --group-size 8 --temperature 0.6 --lr 2e-5 --eval-every $STEPS $common"
+export FLAGS="--prompts 8 --group-size 8 --temperature 0.6 --lr 2e-5 --eval-every $STEPS $common
+  ${FLAGS:-}"
 docs/run_real.sh "$start" "$data/rl.jsonl" "$data/held_out.jsonl" \
   ${more[@]+"${more[@]}"}    # bash 3.2 calls an empty list unbound
