@@ -2,7 +2,8 @@
 
     python docs/experiments.py toy|ablations|regimes|golds|ranks [--jobs 2] [--seeds 3]
     python docs/experiments.py square|far|scarce|shares [--seeds 8]    as docs/plan.md says
-    python docs/experiments.py real --work DIR     only the tables of what docs/run_real.sh has run
+    python docs/experiments.py real --work DIR [--against base]
+                                        only the tables of what docs/run_real.sh has run
 
 Each arm is one train.py command, in a process of its own with one thread, `--jobs` of them at a
 time. What has finished is not run again, and what was cut off goes on from its last checkpoint, if
@@ -59,6 +60,7 @@ def main():
     flag("--jobs", type=int, default=2, help="runs side by side, each with one thread")
     flag("--seeds", type=int, default=3)
     flag("--work", default=os.path.join(ROOT, "runs", "experiments"), help="where the runs lie")
+    flag("--against", default="base", help="real: the model that the others are compared with")
     args = parser.parse_args()
     EXPERIMENTS[args.what](args)
 
@@ -618,11 +620,13 @@ def curves(log: Log, steps: int = 25) -> dict[str, list[float]]:
 
 
 def interval(values: list[float]) -> tuple[float, float]:
-    """The mean, and half its 95 % interval (Student's t); nan for one value."""
+    """The mean, and half its 95 % interval (Student's t; of more values than the table has, the
+    normal distribution's); nan for one value."""
     n = len(values)
     if n < 2:
         return statistics.mean(values), math.nan
-    return statistics.mean(values), T_975[n - 2] * statistics.stdev(values) / math.sqrt(n)
+    t = T_975[n - 2] if n <= len(T_975) + 1 else 1.96
+    return statistics.mean(values), t * statistics.stdev(values) / math.sqrt(n)
 
 
 def table_of_differences(found: dict, pairs, values, heading: str) -> None:
@@ -830,7 +834,8 @@ def gold_lengths(path: str) -> list[int]:
 
 def real(args):
     """The tables of what docs/run_real.sh has left in --work: one row per model, mean@k ± standard
-    error on each set; then one row per training run. docs/runs/ keeps what they are made of."""
+    error on each set; the same as differences from the model --against, paired by problem; then one
+    row per training run. docs/runs/ keeps what they are made of."""
     name = os.path.basename(os.path.abspath(args.work))    # real, or contrast
     kept = os.path.join(ROOT, "docs", "runs", name)
     os.makedirs(kept, exist_ok=True)
@@ -838,6 +843,8 @@ def real(args):
         sys.exit(f"error: --work {args.work} holds what was kept of runs; name the folder of the "
                  "runs themselves")
     table_of_evaluations(args.work, kept)
+    print()
+    table_of_pairs(args.work, kept, args.against)
     print()
     table_of_training(args.work, kept)
 
@@ -859,6 +866,42 @@ def table_of_evaluations(work: str, kept: str) -> None:
         heading = f"{name}: mean ± s.e., pass@k, names an answer"
         columns[heading] = [cells.get(name, "") for cells in found.values()]
     table(columns)
+
+
+def table_of_pairs(work: str, kept: str, against: str) -> None:
+    """Of every completion, in files NAME--SET.jsonl: how much more often each model is right than
+    the model `against`, in points, with the 95 % interval over the problems of the set."""
+    found, lines = {}, []
+    for file in sorted(os.listdir(work)):
+        match = re.fullmatch(r"(.+)--(.+)\.jsonl", file)
+        if match:
+            arm, name = match.groups()
+            right = right_of_each(read(os.path.join(work, file)))
+            lines.append({"model": arm, "set": name, "right": right})
+            found.setdefault(name, {})[arm] = right
+    if not lines:    # of runs before completions were kept
+        return
+    write(os.path.join(kept, "right.jsonl"), lines)
+    arms = [arm for arm in dict.fromkeys(line["model"] for line in lines) if arm != against]
+    columns = {f"minus {against}, points": arms}
+    for name, of_set in found.items():
+        columns[name] = [difference_cell(of_set.get(arm), of_set.get(against)) for arm in arms]
+    table(columns)
+
+
+def right_of_each(completions: list[dict]) -> list[float]:
+    """The share of right responses to each problem, in order."""
+    responses = {}
+    for r in completions:
+        responses.setdefault(r["question"], []).append(r["correct"])
+    return [statistics.mean(right) for right in responses.values()]
+
+
+def difference_cell(ours: list[float] | None, theirs: list[float] | None) -> str:
+    if ours is None or theirs is None:
+        return ""
+    mean, half = interval([100 * (x - y) for x, y in zip(ours, theirs)])
+    return f"{mean:+.1f} ± {half:.1f}"
 
 
 def evaluation_cell(text: str) -> str:

@@ -41,7 +41,7 @@ common="--max-new-tokens 120"
 export EVAL="--samples 8 --temperature 0.6 $common ${EVAL:-}"
 
 # The start model, and how it and the model as it came do on the held-out problems.
-(
+[ -s "$WORK-start/sft-seed0--held_out.txt" ] || (
   export ARMS=sft STEPS=100 SEEDS=0 WORK=$WORK-start
   export FLAGS="--prompts 16 --lr 1e-4 --lr-end 0.1 --warmup 8 --max-new-tokens 160
     --save-every 20 --eval-every 100"
