@@ -2,7 +2,7 @@
 
     python docs/experiments.py toy|ablations|regimes|golds|ranks [--jobs 2] [--seeds 3]
     python docs/experiments.py square|far|scarce|shares [--seeds 8]    as docs/plan.md says
-    python docs/experiments.py real --work DIR [--against base]
+    python docs/experiments.py real --work DIR [--against start]
                                         only the tables of what docs/run_real.sh has run
 
 Each arm is one train.py command, in a process of its own with one thread, `--jobs` of them at a
@@ -60,7 +60,7 @@ def main():
     flag("--jobs", type=int, default=2, help="runs side by side, each with one thread")
     flag("--seeds", type=int, default=3)
     flag("--work", default=os.path.join(ROOT, "runs", "experiments"), help="where the runs lie")
-    flag("--against", default="base", help="real: the model that the others are compared with")
+    flag("--against", default="start", help="real: the model that the others are compared with")
     args = parser.parse_args()
     EXPERIMENTS[args.what](args)
 

@@ -6,9 +6,9 @@
 # A small model solves next to nothing of GSM8K as it comes. So: SFT on short problems makes a start
 # model; then each arm goes on from it, on other short problems of which a quarter have gold and all
 # have answers. docs/run_real.sh runs and evaluates the arms; what is finished is skipped, and what
-# was cut off goes on. Two of this with different SEEDS (and OMP_NUM_THREADS=1) may run side by side
-# once the files base--*.txt are there: the evaluation of the start model, which run_real.sh calls
-# base. Paths are from the repository's root. By environment:
+# was cut off goes on. Several of this with different SEEDS or ARMS (and OMP_NUM_THREADS=1) may run
+# side by side once the files start--*.txt are there: the evaluation of the start model. Paths are
+# from the repository's root. By environment:
 #
 #   ARMS      as in docs/run_real.sh      (grpo, gcpo, gcpo without negatives, rft, sft for equal
 #                                         steps and for about equal seconds)

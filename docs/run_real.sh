@@ -75,7 +75,7 @@ train_arm() {    # train_arm OUT ALGO STEPS SEED FLAG…
     $resume $train_flags "${@:5}"
 }
 
-evaluate base "$model"
+evaluate start "$model"
 for seed in ${SEEDS:-0}; do
   for arm in $all_arms; do
     IFS=: read -r algo steps flags <<< "$arm"
