@@ -84,4 +84,4 @@ for seed in ${SEEDS:-0}; do
     evaluate "$name" "$work/$name/model"
   done
 done
-$python docs/experiments.py real --work "$work"
+$python docs/real_tables.py "$work"
