@@ -10,17 +10,19 @@ contrast, and the hardest problems, which have most to teach, teach nothing.
 GCPO then replaces one of the wrong responses by the reference ("gold") answer y*, with reward 1,
 and goes on as usual:
 
-    A_i = (r_i − mean r) / (std r + 1e-4), std of n − 1                  group_advantages
+    A_i = (r_i − mean r) / (std r + 1e-4), std with G − 1                group_advantages
     s_i = exp( mean_t [ log π_θ(y_i,t) − log π_old(y_i,t) ] )            log_ratio
     J   = mean_i min( s_i A_i, clip(s_i, 1 − ε_low, 1 + ε_high) A_i )    policy_loss, which is −J
 
-One importance ratio per sequence (as in GSPO), no KL penalty, no value network, no reward model.
+mean_t is over a response's tokens, mean_i over all rows of an update. One importance ratio per
+sequence (as in GSPO), no KL penalty, no value network, no reward model.
 
 We had the paper's abstract and its authors' summaries, not its method section. They are clear on
 four points: gold only if all rollouts fail, one rollout replaced, a sequence-level ratio, no KL.
 Advantages and aggregation follow another paper's table (README, "What the paper leaves open"). The
-rest is our choice. Each choice is a switch of `Algorithm`, at the end of this file, where the
-algorithms of the literature are settings of it. What GCPO has:
+rest is our choice. Nearly every choice is a switch of `Algorithm`, and an algorithm of the
+literature is a setting of them. They stand at the end of this file; a glance there first spares
+jumping. What GCPO has:
 
     gold_slot     a random wrong rollout gives way; `longest` would spare long failures their
                   negative gradient, which is a length bias
@@ -58,7 +60,7 @@ class Group:
     responses: Tensor  # (G, T) int64, right-padded; what stands in the padding does not matter
     lengths: Tensor    # (G,) int64, tokens of each response, its end token included
     finished: Tensor   # (G,) bool, True if the response ended by itself, not by the length limit
-    logprobs: Tensor   # (G, T) fp32, the sampler's: only a metric, never π_old
+    logprobs: Tensor   # (G, T) fp32, the sampler's, with its rounding: a metric, never π_old
     correct: Tensor    # (G,) bool, what gold substitution looks at; gold itself is correct too
     rewards: Tensor    # (G,) fp32, what advantages look at
     is_gold: Tensor    # (G,) bool, True on a row that is the reference answer
@@ -217,7 +219,7 @@ def importance_ratio(
     if algorithm.gold_old == "one":
         old_logprobs = torch.where(gold, 0.0, old_logprobs)         # log 1
     ratio = log_ratio(logprobs, old_logprobs, mask, algorithm.level).exp()
-    if algorithm.gold_shape == "ratio":    # LUFFY; gold_old is one, so the ratio is p itself
+    if algorithm.gold_shape == "ratio":    # LUFFY; gold_old is one (NEEDS), so this is p
         p = log_ratio(logprobs, old_logprobs, mask, "token").exp()
         ratio = torch.where(gold, p / (p + SHAPE_GAMMA), ratio)
     return ratio
@@ -264,7 +266,7 @@ class LossContext(NamedTuple):
     total_tokens: float
     max_new_tokens: int | None = None       # for aggregation="fixed_length"
     is_gold: Tensor | None = None           # (N,) bool; None: no row is gold
-    ref_logprobs: Tensor | None = None      # (N, T), of the frozen reference
+    ref_logprobs: Tensor | None = None      # (N, T), of the frozen reference model
 
 
 def policy_loss(
@@ -278,11 +280,15 @@ def policy_loss(
     """The clipped surrogate loss of N rows, stacked; they may come from several groups.
 
     logprobs (N, T) carry the gradient; old_logprobs (N, T), advantages (N,) and mask (N, T) do not.
+    train.py scores old_logprobs with the policy before the batch's first update, gold's too.
     `context` are the fields of LossContext: total_rows=, total_tokens=, and others if needed.
     If a batch gets one update, pass `logprobs.detach()` as old_logprobs: the ratio is then exactly
     1, and with row_mean dL/dlogprobs is −A_i / (tokens of row i · total_rows), which is not 0.
 
-    Returns (loss, sums), a scalar and scalars for metrics; both add up over an update's parts."""
+    Returns (loss, sums), a scalar and scalars for metrics; both add up over an update's parts.
+    Raises ValueError for DPO's pairs, whose loss is support/dpo.py."""
+    if algorithm.objective == "pairs":
+        raise ValueError("objective=pairs: its loss is support.dpo.pair_loss")
     context = LossContext(**context)
     is_gold = context.is_gold
     if is_gold is None:
@@ -382,13 +388,15 @@ class Algorithm:
                         ("std", "none", "mean"))
     level: str = switch("token", "one importance ratio per token, or per sequence (the geometric "
                                  "mean of its tokens')", ("sequence", "token"))
-    clip_low: float = switch(0.2, "ε_low: no gradient once a bad row's ratio is below 1 − ε_low")
-    clip_high: float = switch(0.2, "ε_high: none once a good row's ratio is above 1 + ε_high")
+    clip_low: float = switch(0.2, "ε_low: what is pushed down has no gradient once its ratio "
+                                  "is below 1 − ε_low; cispo: that is the least weight")
+    clip_high: float = switch(0.2, "ε_high: what is pushed up has none above 1 + ε_high; "
+                                   "cispo: that is the greatest weight")
     aggregation: str = switch("row_mean", "mean over rows of token means | mean over the update's "
                                           "tokens | sum over (rows · max_new_tokens)",
                               ("row_mean", "token_mean", "fixed_length"))
     kl_coef: float = switch(0.0, "weight of a KL penalty of the rollouts against the frozen "
-                                 "reference, the model as it came, in groups with contrast")
+                                 "reference model, the start model, in groups with contrast")
     objective: str = switch("clipped", "the clipped surrogate; cispo: the clipped ratio, without "
                                        "gradient, times A · log π; or DPO's loss of pairs: each "
                                        "response above its group's mean reward with each below",
@@ -430,7 +438,7 @@ class Algorithm:
 
     @property
     def needs_reference(self) -> bool:
-        """Whether the loss looks at the frozen reference, the model as it came."""
+        """Whether the loss looks at the frozen reference model, the start model."""
         return self.kl_coef > 0 or self.objective == "pairs"
 
 
@@ -439,9 +447,9 @@ NEEDS = (    # with a switch at this value, another must be one of these, becaus
     ("objective", "pairs", "kl_coef", (0,), "the reference model is in the loss already"),
     ("objective", "pairs", "gold_rivals", ("keep",), "a pair is gold and one of its rivals"),
     ("objective", "pairs", "gold_weight", (1,), "of an advantage only the sign counts"),
-    ("objective", "pairs", "virtual_right", ("never",), "a pair needs two responses"),
+    ("objective", "pairs", "virtual_right", ("never",), "a virtual reward has no response"),
     ("gold_shape", "ratio", "gold_old", ("one",), "it shapes a probability"),
-    ("gold_shape", "ratio", "objective", ("clipped", "pairs"), "its gradient is the shape's own"),
+    ("gold_shape", "ratio", "objective", ("clipped", "pairs"), "cispo would drop its gradient"),
     ("scale", "mean", "overlong", (0,), "rewards must not be negative"),
     ("train_on", "right", "resample", ("none", "history"), "wrong responses are dropped anyway"))
 

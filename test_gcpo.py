@@ -152,6 +152,13 @@ def test_pair_loss_is_dpo_s():
     assert loss(new, total_rows=8) == pytest.approx(sum(pairs) / 4 / 2, rel=1e-12)
 
 
+def test_policy_loss_refuses_pairs():
+    """DPO's loss is another function. (Bug: policy_loss, called with it, was GRPO's.)"""
+    with pytest.raises(ValueError, match="pair_loss"):
+        policy_loss(NEW, OLD, torch.ones(2), MASK, ALGORITHMS["dpo"],
+                    total_rows=2, total_tokens=5)
+
+
 def test_overlong_penalty():
     """The penalty has DAPO's slope, and there is none where none is asked for."""
     lengths = torch.tensor([1, 80, 85, 90, 100])
