@@ -164,17 +164,21 @@ def draw(lines: list[dict], path: str) -> None:
             curve(row[0], of_regime, f"{part}_norm", part)
             curve(row[1], of_regime, f"{part}_cos_hard", part)
         curve(row[1], of_regime, "without_rivals_cos_hard", "all but rivals", "--")
+        row[1].legend(fontsize=8, ncol=3, loc="upper center")
         for key, label in (("gold_groups", "given gold"), ("mixed_groups", "mixed")):
             curve(row[2], of_regime, key, label)
         row[0].set_yscale("log")
+        row[0].set_ylim(0.004, 4)
         row[0].set_title(f"{regime}: gradient norm")
+        row[0].legend(fontsize=8, ncol=4, loc="upper center")
         row[1].set_title("cosine with SFT on held-out hard gold")
         row[1].axhline(0, color="0.7", lw=0.8)
+        row[1].set_ylim(-0.5, 1.2)
         row[2].set_title("share of groups")
         row[2].set_ylim(0, 1)
+        row[2].legend(fontsize=8)
         for axis in row:
             axis.set_xlabel("step")
-            axis.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 
