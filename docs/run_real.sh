@@ -43,20 +43,9 @@ all_arms=${ARMS:-sft grpo dapo gspo srpo luffy dpo gcpo sft_gcpo}
 train_flags=${FLAGS:---prompts 16 --group-size 8 --max-new-tokens 512}
 eval_flags=${EVAL:---samples 4 --max-new-tokens 512}
 mkdir -p "$work"
-trap 'rm -f "$work"/*."$$".writing*' EXIT
 
 evaluate() {    # evaluate NAME MODEL_FOLDER: on every set
-  local set result writing
-  for set in "${sets[@]}"; do
-    result="$work/$1--$(basename "${set%.jsonl}")"
-    writing="$result.$$.writing"
-    if [ ! -s "$result.txt" ]; then
-      # Written beside and renamed: it is there once it is whole.
-      $python evaluate.py --model "$2" --data "$set" --out "$writing.jsonl" $eval_flags > "$writing"
-      mv "$writing.jsonl" "$result.jsonl"
-      mv "$writing" "$result.txt"
-    fi
-  done
+  $python docs/evaluate_sets.py "$work/$1" "$2" "${sets[@]}" $eval_flags
 }
 
 train_arm() {    # train_arm OUT ALGO STEPS SEED FLAG…
