@@ -36,9 +36,10 @@ def draw_arms(lines: list[dict], path: str, beside: str | None = None) -> None:
         for k, rate in enumerate(rates):
             of_rate = [line for line in lines if line["lr"] in (rate, "–")]
             for row, arm in enumerate(arms):
-                values = list(of_arm(of_rate, arm, kind).values())
                 if beside:
                     values = paired(of_rate, arm, beside, kind)
+                else:
+                    values = list(of_arm(of_rate, arm, kind).values())
                 if not values:
                     continue
                 y = row + 0.22 * (k - (len(rates) - 1) / 2)

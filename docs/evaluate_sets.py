@@ -12,8 +12,9 @@ import os
 import sys
 
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import evaluate  # noqa: E402
+from support.common import exit_cleanly, written_whole  # noqa: E402
 
 
 def main():
@@ -22,26 +23,18 @@ def main():
     files, flags = rest[:flags_from], rest[flags_from:]
     for file in files:
         stem = f"{result}--{os.path.basename(file).removesuffix('.jsonl')}"
-        if not os.path.exists(f"{stem}.txt"):
+        if not os.path.exists(f"{stem}.txt"):    # the last to be written
             evaluate_one(stem, ["--model", model, "--data", file, *flags])
 
 
 def evaluate_one(stem: str, flags: list[str]) -> None:
-    """Both files are written beside and renamed, so that they are there once they are whole."""
-    import evaluate    # here: nothing is to be imported if all is there
-    text, completions = (f"{stem}.{os.getpid()}.writing{end}" for end in (".txt", ".jsonl"))
+    completions = f"{stem}.jsonl"
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(completions)    # of an evaluation that was cut off before its .txt
     sys.argv = ["evaluate.py", *flags, "--out", completions]
-    try:
-        with open(text, "w") as f, contextlib.redirect_stdout(f):
-            evaluate.main()
-        os.replace(completions, f"{stem}.jsonl")
-        os.replace(text, f"{stem}.txt")
-    finally:
-        for path in (text, completions):
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(path)
+    with written_whole(f"{stem}.txt") as text, contextlib.redirect_stdout(text):
+        evaluate.main()
 
 
 if __name__ == "__main__":
-    from support.common import exit_cleanly
     exit_cleanly(main)

@@ -12,6 +12,7 @@ import argparse
 import math
 import os
 import re
+import shutil
 import statistics
 import sys
 
@@ -45,15 +46,10 @@ def main():
 def table_of_evaluations(work: str, kept: str) -> None:
     """Of what evaluate.py printed, in files NAME--SET.txt."""
     found = {}
-    for file in sorted(os.listdir(work)):
-        match = re.fullmatch(r"(.+)--(.+)\.txt", file)
-        if match:
-            arm, name = match.groups()
-            with open(os.path.join(work, file)) as f:
-                text = f.read()
-            with open(os.path.join(kept, file), "w") as f:
-                f.write(text)
-            found.setdefault(arm, {})[name] = evaluation_cell(text)
+    for arm, name, path in results(work, ".txt"):
+        shutil.copy(path, kept)
+        with open(path) as f:
+            found.setdefault(arm, {})[name] = evaluation_cell(f.read())
     columns = {"model": list(found)}
     for name in sorted({name for cells in found.values() for name in cells}):
         heading = f"{name}: mean ± s.e., pass@k, names an answer"
@@ -65,13 +61,10 @@ def table_of_pairs(work: str, kept: str, against: str) -> None:
     """Of every completion, in files NAME--SET.jsonl: how much more often each model is right than
     the model `against`, in points, with the 95 % interval over the problems of the set."""
     found, lines = {}, []
-    for file in sorted(os.listdir(work)):
-        match = re.fullmatch(r"(.+)--(.+)\.jsonl", file)
-        if match:
-            arm, name = match.groups()
-            right = right_of_each(read(os.path.join(work, file)))
-            lines.append({"model": arm, "set": name, "right": right})
-            found.setdefault(name, {})[arm] = right
+    for arm, name, path in results(work, ".jsonl"):
+        right = right_of_each(read(path))
+        lines.append({"model": arm, "set": name, "right": right})
+        found.setdefault(name, {})[arm] = right
     if not lines:    # of runs before completions were kept
         return
     write(os.path.join(kept, "right.jsonl"), lines)
@@ -80,6 +73,14 @@ def table_of_pairs(work: str, kept: str, against: str) -> None:
     for name, of_set in found.items():
         columns[name] = [difference_cell(of_set.get(arm), of_set.get(against)) for arm in arms]
     table(columns)
+
+
+def results(work: str, ending: str):
+    """(model, set, path) of each evaluation's file, in files NAME--SET and this ending."""
+    for file in sorted(os.listdir(work)):
+        match = re.fullmatch(r"(.+)--(.+)" + re.escape(ending), file)
+        if match:
+            yield *match.groups(), os.path.join(work, file)
 
 
 def right_of_each(completions: list[dict]) -> list[float]:
@@ -93,7 +94,7 @@ def right_of_each(completions: list[dict]) -> list[float]:
 def difference_cell(ours: list[float] | None, theirs: list[float] | None) -> str:
     if ours is None or theirs is None:
         return ""
-    mean, half = interval([100 * (x - y) for x, y in zip(ours, theirs)])
+    mean, half = interval([100 * (x - y) for x, y in zip(ours, theirs, strict=True)])
     return f"{mean:+.1f} ± {half:.1f}"
 
 
