@@ -74,12 +74,12 @@ def show(run: Run, page: str | None = None) -> None:
         raise InputError("nothing to show: no response was right and there is no gold; another "
                          "--seed may have more luck")
     item = items[0]
-    before = score(run.policy, [item], run.config)[0]    # (G, T)
+    before = score(run, run.policy, [item])[0]    # (G, T)
     item.old_logprobs = before
     if run.algorithm.needs_reference:    # the model as it starts is its own reference
         item.ref_logprobs = before
     sums, norm = update(run, [item])
-    after = score(run.policy, [item], run.config)[0]     # (G, T)
+    after = score(run, run.policy, [item])[0]     # (G, T)
 
     print()
     print(f"question   {as_text(item.problem.question)}")

@@ -798,14 +798,14 @@ def test_never_gold_is_gspo_over_several_updates(tiny):
 
 
 def test_sft_is_the_likelihood_of_gold(tiny):
-    """SFT's gradient is that of the golds' mean token log-likelihood. (Bug: an SFT arm that is
-    handicapped.)"""
+    """SFT's gradient is that of the golds' mean token log-likelihood, at temperature 1 whatever
+    rollouts are sampled at. (Bug: an SFT arm that is handicapped.)"""
     model, generator = tiny(), torch.Generator().manual_seed(5)
     draw = lambda n: torch.randint(2, 23, (n,), generator=generator)
     items = [Item(0, None, gold_group(draw(4), draw(n)), torch.ones(1)) for n in (3, 7)]
     loss = 0
     for item in items:
-        logprobs, _ = token_logprobs(model, item.group.prompt, item.group.responses, 0.7)
+        logprobs, _ = token_logprobs(model, item.group.prompt, item.group.responses, 1.0)
         loss -= logprobs.sum() / 10
     expected = flat(torch.autograd.grad(loss, list(model.parameters())))
     assert_same(sgd_step(tiny(), items, ALGORITHMS["sft"]), expected)

@@ -73,6 +73,13 @@ class Run:
     held_out_notes: Notes = field(default_factory=Notes)
     reward: Reward = Reward()
 
+    @property
+    def scoring_temperature(self) -> float:
+        """What divides the logits of what is trained on. Rollouts are scored as they were sampled,
+        and so is gold beside them. SFT and RFT maximize a plain likelihood, at 1: gold learned at
+        0.6 would make the model less sure, until sampling at 0.6 is what sampling at 1 was."""
+        return self.config.temperature if self.algorithm.train_on == "rollouts" else 1.0
+
 
 @dataclass
 class Item:
@@ -330,11 +337,11 @@ def learn(run: Run, items: list[Item]) -> Learned:
         minibatches[item.position * config.updates // config.prompts].append(item)
     if run.algorithm.train_on == "rollouts":
         later = [i for batch in minibatches[1:] for i in batch if i.has_contrast]
-        for item, logprobs in zip(later, score(run.policy, later, config)):
+        for item, logprobs in zip(later, score(run, run.policy, later)):
             item.old_logprobs = logprobs
     if run.algorithm.needs_reference:
         live = [i for i in items if i.has_contrast]
-        for item, logprobs in zip(live, score(run.reference, live, config)):
+        for item, logprobs in zip(live, score(run, run.reference, live)):
             item.ref_logprobs = logprobs
 
     learned = Learned(Counter(), [], None)
@@ -348,17 +355,17 @@ def learn(run: Run, items: list[Item]) -> Learned:
 
 
 @torch.no_grad()
-def score(model: Transformer, items: list[Item], config: Config) -> list[torch.Tensor]:
+def score(run: Run, model: Transformer, items: list[Item]) -> list[torch.Tensor]:
     """Logprobs (G, T) of each group's responses under a model, on the CPU, without gradient."""
-    scores = []
-    for batch in micro_batches(items, config.rows_per_pass):
+    rows_per_pass, scores = run.config.rows_per_pass, []
+    for batch in micro_batches(items, rows_per_pass):
         prompts = [i.group.prompt for i in batch]
-        parts = row_batches(batch, config.rows_per_pass, model.device)
+        parts = row_batches(batch, rows_per_pass, model.device)
         if len(parts) > 1:
             prompts = encode_prompts(model, prompts)
         logprobs = stack_rows([
             score_responses(model, prompts, rows.prompt_of, rows.responses, rows.lengths,
-                            config.temperature)[0].cpu()
+                            run.scoring_temperature)[0].cpu()
             for rows in parts])
         # The batch may be wider or narrower than a group: back to the group's own T.
         for item, x in zip(batch, logprobs.split([len(i.group.lengths) for i in batch])):
@@ -425,7 +432,7 @@ def backward(run: Run, items: list[Item], total_rows: int, total_tokens: int) ->
     sums = Counter()
     for rows in passes:
         logprobs, entropy = score_responses(                                         # (N, T)
-            model, prompts, rows.prompt_of, rows.responses, rows.lengths, config.temperature)
+            model, prompts, rows.prompt_of, rows.responses, rows.lengths, run.scoring_temperature)
         old_logprobs = rows.old_logprobs
         if old_logprobs is None:
             old_logprobs = logprobs.detach()
@@ -438,7 +445,8 @@ def backward(run: Run, items: list[Item], total_rows: int, total_tokens: int) ->
         own = rows.mask & ~rows.is_gold[:, None]
         metrics["loss"] = loss.detach()
         metrics["entropy"] = torch.where(own, entropy, 0.0).sum()
-        metrics["mismatch"] = torch.where(own, rows.logprobs - old_logprobs, 0.0).abs().sum()
+        if run.scoring_temperature == config.temperature:    # else more than rounding differs
+            metrics["mismatch"] = torch.where(own, rows.logprobs - old_logprobs, 0.0).abs().sum()
         sums.update({name: x.double() for name, x in metrics.items()})    # a Counter's update adds
     if apart:
         prefix.backward(leaves)

@@ -52,7 +52,7 @@ class Config:
     prompts: int = switch(8, "problems per step")
     group_size: int = switch(8, "G, rollouts per problem")
     max_new_tokens: int = switch(200, "longest response; gold that is longer is not used")
-    temperature: float = switch(1.0, "of sampling; it divides the logits in scoring too")
+    temperature: float = switch(1.0, "of sampling, and of scoring what is trained on (sft, rft: 1)")
     updates: int = switch(1, "optimizer steps per batch of rollouts, each on its minibatch of "
                              "the groups")
     lr: float = switch(1e-5, "learning rate of AdamW, reached after the warm-up")

@@ -413,7 +413,8 @@ def update_metrics(sums: Counter, norms: list[float | None]) -> dict:
         "policy/approx_kl": per_token("approx_kl", "policy_tokens"),
         "policy/entropy": per_token("entropy", "policy_tokens"),
         "policy/ref_kl": per_token("ref_kl", "policy_tokens") if "ref_kl" in sums else math.nan,
-        "sampler/mismatch": per_token("mismatch", "policy_tokens"),
+        "sampler/mismatch":
+            per_token("mismatch", "policy_tokens") if "mismatch" in sums else math.nan,
         "gold/logprob": per_token("gold_logprob", "gold_tokens"),
         "gold/ratio": per_token("gold_ratio", "gold_tokens"),
         "gold/clip_fraction": per_token("gold_clipped", "gold_tokens"),
