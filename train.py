@@ -357,7 +357,8 @@ def learn(run: Run, items: list[Item]) -> Learned:
 @torch.no_grad()
 def score(run: Run, model: Transformer, items: list[Item]) -> list[torch.Tensor]:
     """Logprobs (G, T) of each group's responses under a model, on the CPU, without gradient."""
-    rows_per_pass, scores = run.config.rows_per_pass, []
+    rows_per_pass = run.config.rows_per_pass
+    scores = []
     for batch in micro_batches(items, rows_per_pass):
         prompts = [i.group.prompt for i in batch]
         parts = row_batches(batch, rows_per_pass, model.device)
