@@ -399,9 +399,10 @@ def rollout_metrics(numbers: dict[str, list[float]]) -> dict:
 
 
 def update_metrics(sums: Counter, norms: list[float | None]) -> dict:
-    """Sums over tokens become means: over the policy's own tokens, and over gold's."""
+    """Sums over tokens become means: over the policy's own tokens, and over gold's. What was not
+    summed (`ref_kl` without --kl-coef, for one) or had no tokens is NaN."""
     def per_token(name, tokens):
-        return sums[name] / sums[tokens] if sums[tokens] else math.nan
+        return sums[name] / sums[tokens] if name in sums and sums[tokens] else math.nan
 
     return {
         "update/loss": sums["loss"] / len(norms),
@@ -412,9 +413,8 @@ def update_metrics(sums: Counter, norms: list[float | None]) -> dict:
         "policy/clip_fraction": per_token("policy_clipped", "policy_tokens"),
         "policy/approx_kl": per_token("approx_kl", "policy_tokens"),
         "policy/entropy": per_token("entropy", "policy_tokens"),
-        "policy/ref_kl": per_token("ref_kl", "policy_tokens") if "ref_kl" in sums else math.nan,
-        "sampler/mismatch":
-            per_token("mismatch", "policy_tokens") if "mismatch" in sums else math.nan,
+        "policy/ref_kl": per_token("ref_kl", "policy_tokens"),
+        "sampler/mismatch": per_token("mismatch", "policy_tokens"),
         "gold/logprob": per_token("gold_logprob", "gold_tokens"),
         "gold/ratio": per_token("gold_ratio", "gold_tokens"),
         "gold/clip_fraction": per_token("gold_clipped", "gold_tokens"),
