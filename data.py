@@ -20,7 +20,7 @@ from torch import Tensor
 
 from gcpo import Group
 from grader import (
-    GRADERS, Reward, doubt, extract_answer, grade, is_empty, last_boxed, same)
+    CALCULATOR, GRADERS, Reward, doubt, extract_answer, grade, is_empty, last_boxed, same)
 from support.chat import find_template, read_template_args, render, turn_end
 from support.common import InputError, one_line, read_records
 from support.folders import end_tokens, read_backend, read_optional, special_tokens
@@ -34,13 +34,13 @@ class Problem:
     gold: str | None = None         # a whole reference response that ends with the answer
     source: str = ""                # file and line, for messages
     prompt: Tensor | None = None    # (P,) int64, filled in by `prepare`
-    opened: str = ""                # "<think>", if the prompt has opened the model's scratch pad
+    opened: str = ""                # "<think>\n", if the prompt has opened the model's scratch pad
     gold_ids: Tensor | None = None  # (T*,) int64, ends with the end token; None: no usable gold
     gold_reward: float = 1.0
     hint: str = ""                  # what the prompt says below the question
 
 
-# ---- What is left out ----------------------------------------------------------------------------
+# ---- What is wrong with a file -------------------------------------------------------------------
 
 NOTES = {  # in run.json, and on the screen
     "left_out": "records left out",
@@ -97,14 +97,14 @@ def read_problems(
     line for a file that cannot be read, and if no record can be used."""
     notes = notes or Notes()
     problems = []
-    seen = {}    # a question's hash -> its text. DAPO's file has each problem a hundred times.
+    seen = {}    # each question, kept once: DAPO's file has each problem a hundred times
     for source, record in read_records(path):
         try:
             problem = parse_record(record, answer_format, answer_only_gold, source)
         except Unusable as e:
             notes.add("left_out", source, str(e))
             continue
-        key = hash(str(problem.question))
+        key = str(problem.question)
         if key in seen:
             notes.add("repeated", source, "its question stands there before")
         problem.question = seen.setdefault(key, problem.question)
@@ -120,16 +120,16 @@ def read_problems(
 def parse_record(record, answer_format: str, answer_only_gold: bool, source: str = "") -> Problem:
     """A Problem from one record. Gold is the record's own `gold`; or its solution with the answer
     on a last line (unless that is a box, and is in the solution already). Raises Unusable."""
-    question, answer, solution = read_fields(record)
+    question, answer, solution, gold = read_fields(record)
     if is_empty(answer):
         raise Unusable("its answer is empty")
     final = FINAL_LINES[answer_format].format(answer)
-    if record.get("gold") is not None:
-        gold = as_text(record["gold"])
+    if gold is not None:
+        gold = as_text(gold)
         if gold is None:
             raise Unusable("its gold is empty or not text")
     elif solution:
-        gold = re.sub(r"<<[^<>\n]*>>", "", solution).strip()    # GSM8K's calculator notes
+        gold = CALCULATOR.sub("", solution).strip()
         ends_well = answer_format == "boxed" and last_boxed(gold) and grade(gold, answer, "boxed")
         if not ends_well and not names_another(gold, answer):    # else `prepare` will say so
             gold = f"{gold}\n{final}"
@@ -319,13 +319,13 @@ def prepare(
     too_long = []
     told = lambda p: (id(p.question), p.hint)
     prompts = {}    # of each question, which may stand there a hundred times
+    refused = {}    # those of which the chat template can make none
     for first in range(0, len(problems), PART):
         part = problems[first:first + PART]
-        new = {told(p): p for p in part if told(p) not in prompts}.values()
+        known = lambda p: told(p) in prompts or told(p) in refused
+        new = {told(p): p for p in part if not known(p)}.values()
         texts = tokenizer.rendered(list(new))
-        refused = {told(p): t for p, t in zip(new, texts) if isinstance(t, InputError)}
-        if refused and len(refused) == len(texts):
-            raise texts[0]
+        refused |= {told(p): t for p, t in zip(new, texts) if isinstance(t, InputError)}
         new = [problem for problem in new if told(problem) not in refused]
         texts = [text for text in texts if isinstance(text, str)]
         for problem, text, prompt in zip(new, texts, tokenizer.encode_texts(texts)):
@@ -353,6 +353,8 @@ def prepare(
             if doubtful:
                 notes.add("doubtful", problem.source, doubtful)
             kept.append(problem)
+    if refused and not prompts:
+        raise next(iter(refused.values()))
     if problems and not kept:
         why = too_long[0] if too_long else "the chat template cannot be used for it"
         raise InputError(f"{problems[0].source}: {why}; no problem is left")

@@ -29,7 +29,7 @@ from model import Transformer, load_model
 from sampler import sample
 from support import parallel
 from support.common import (
-    InputError, exit_cleanly, flag, pick_device, pick_dtype, written_whole)
+    InputError, exit_cleanly, flag, pick_device, pick_dtype, refuse_unwritable, written_whole)
 from support.cpu import keep_freed_memory
 from support.options import load_reward
 
@@ -265,9 +265,7 @@ def check(args) -> None:
     for path in (args.out, args.keep_correct):
         if not path:
             continue
-        if os.path.isdir(path) or not os.access(os.path.dirname(path) or ".", os.W_OK):
-            raise InputError(f"{path}: cannot be written; it must be a file, in a folder that "
-                             "exists and can be written to")
+        refuse_unwritable(path)
         if os.path.realpath(path) in taken:
             raise InputError(f"{path}: named twice; --data, --out and --keep-correct must be "
                              "different files")

@@ -137,8 +137,8 @@ def group_advantages(rewards: Tensor, scale: str = "std") -> Tensor:
     """How much better each response did than its group: rewards (G,) -> advantages (G,), fp32.
 
     Equal rewards give exactly 0, even if their mean is rounded: 0.1 eight times must not be noise.
-    scale="mean" wants rewards of 0 or more, or raises ValueError: a negative mean would turn every
-    sign. Where they differ the mean is then at least 1/G of the best, so A is at most G − 1.
+    scale="mean" raises ValueError for a negative reward, unless all are equal: a negative mean
+    would turn every sign. Without one the mean is at least 1/G of the best, so A is at most G − 1.
 
     >>> group_advantages(torch.tensor([1., 0, 0, 0, 0, 0, 0, 0]))       # gold among seven failures
     tensor([ 2.4742, -0.3535, -0.3535, -0.3535, -0.3535, -0.3535, -0.3535, -0.3535])
@@ -235,8 +235,8 @@ def clip_range(
 ) -> tuple[Tensor, Tensor]:
     """The lowest and the highest ratio of each row, (N, 1) each.
 
-    Gold has an upper clip of its own, `gold_clip`, and **no lower clip**. (A lower clip acts only
-    on a negative advantage, and gold's is positive whenever it is the best of its group.)"""
+    Gold has an upper clip of its own, `gold_clip`, and **no lower clip**. (But in CISPO that acts
+    only on a negative advantage, and gold's is positive whenever it is the best of its group.)"""
     gold = is_gold[:, None]
     one = torch.ones_like(gold, dtype=dtype)
     gold_high = float("inf")
@@ -451,6 +451,7 @@ NEEDS = (    # with a switch at this value, another must be one of these, becaus
     ("gold_shape", "ratio", "gold_old", ("one",), "it shapes a probability"),
     ("gold_shape", "ratio", "objective", ("clipped", "pairs"), "cispo would drop its gradient"),
     ("scale", "mean", "overlong", (0,), "rewards must not be negative"),
+    ("train_on", "right", "gold_old", ("policy",), "all it trains on has ratio 1"),
     ("train_on", "right", "resample", ("none", "history"), "wrong responses are dropped anyway"))
 
 

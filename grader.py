@@ -5,9 +5,11 @@ response is compared with the reference by these rules, and by nothing else. Eac
 "reference: a right response  not a wrong one", and is a test.
 
  1. Only a marker names an answer, and the last of its kind counts: ####, else \boxed{}, else
-    "answer is" or "answer:". (With --answer-format boxed, a box goes before ####.)
+    "answer is" or "answer:". (With --answer-format boxed, a box goes before ####.) If there is an
+    <answer>…</answer>, only what is in it counts, and is an answer without a marker too.
         18: \boxed{17} #### 18                  not I got 18
- 2. A #### line of words is a heading if a box or an "answer is" follows it.
+ 2. A #### line of words is a heading if a box or an "answer is" follows it. "#### Answer" names
+    what stands below it, "#### Check" and the like nothing.
         18: #### Step 2: add \n \boxed{18}      not #### 17 \n \boxed{18}
  3. What a scratch pad says does not count, and one that never closes leaves no answer.
         18: <think>#### 17</think> #### 18      not <think>Hm. #### 18
@@ -91,7 +93,7 @@ AFTERWORD = re.compile(
     re.IGNORECASE)
 FILLER = re.compile(r"(?:\s*(?:approximately|about|roughly|exactly|simply|just|therefore|thus|hence"
                     r"|indeed|equal to|given by|total|option|choice)\b:?)+", re.IGNORECASE)
-CALCULATOR = re.compile(r"<<[^<>]*>>")    # GSM8K's notes: 9*2=<<9*2=18>>18
+CALCULATOR = re.compile(r"<<[^<>\n]*>>")    # GSM8K's notes: 9*2=<<9*2=18>>18
 
 
 class Answer(NamedTuple):

@@ -56,7 +56,7 @@ class ModelConfig:
     norm_after: bool             # norms of what attention and MLP give, not of what they get
     rope_theta: float
     rope_scaling: tuple | None   # its kind, "linear", "llama3" or "yarn", and the kind's numbers
-    rope_length: float           # factor of cos and sin, yarn's; 1 elsewhere
+    attention_factor: float      # yarn's, of cos and sin; 1 elsewhere
     layers_without_rope: tuple[int, ...] = ()
     # Granite's factors: of the embedding, of queries (whose products with keys are divided by √d as
     # everywhere), of what a block adds, and of the last hidden state.
@@ -231,7 +231,7 @@ class Transformer(nn.Module):
         x = self.embed_tokens(tokens) * self.config.embedding_factor           # (N, T, D)
         frequencies = rope_frequencies(self.config, tokens.device)             # (d/2,)
         angles = positions[:, None, :, None] * frequencies                     # (N, 1, T, d/2)
-        cos, sin = (self.config.rope_length * wave for wave in (angles.cos(), angles.sin()))
+        cos, sin = (self.config.attention_factor * wave for wave in (angles.cos(), angles.sin()))
         cos = torch.cat([cos, cos], dim=-1).to(x.dtype)                        # (N, 1, T, d)
         sin = torch.cat([-sin, sin], dim=-1).to(x.dtype)                       # (N, 1, T, d)
         for block in self.layers:

@@ -1,11 +1,11 @@
 """Groups of rollouts from a key/value cache.
 
 The prompt of a group runs once (`prefill`); its G responses then grow together, one token at a time
-(`decode`), all reading the prompt's keys and values from one place (on a GPU, each its copy). A row
-that ends leaves the batch at once, and waiting prompts enter as soon as there is room: neither
-finished rows nor padding go through the network. (Reading back from a GPU stalls it, and so do new
-sizes: there we look for finished rows every 16 tokens only, and fill the batch up to a round number
-of rows.)
+(`decode`), all reading the prompt's keys and values from one place (on a GPU, each its copy). On a
+CPU a row that ends leaves the batch at once, and waiting prompts enter as soon as there is room:
+neither finished rows nor padding go through the network. Reading back from a GPU stalls it, and so
+do new sizes. There we look for finished rows every 16 tokens only, and fill the batch up to a round
+number of rows.
 
 Randomness belongs to the row, not to the batch. Each prompt has a generator, seeded from (seed,
 prompt id, repeat), that gives one uniform number per row and position; a token is where the
@@ -14,8 +14,7 @@ cumulative distribution passes that number. So what a row says depends on the se
 rounding depends on the batch: then only the statistics agree.)
 
 Letters: N rows in flight, B prompts in flight, G rows of a group, P prompt length, T response
-length, H query heads, K key/value heads, S = H / K query heads that share a key head, d head size,
-V vocabulary.
+length, D width, V vocabulary.
 """
 from __future__ import annotations
 

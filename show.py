@@ -22,11 +22,11 @@ import torch
 from gcpo import Group, clip_range, importance_ratio, is_clipped
 from support import parallel
 from support.checkpoint import State
-from support.common import InputError, exit_cleanly
+from support.common import InputError, exit_cleanly, refuse_unwritable
 from support.cpu import keep_freed_memory
 from support.options import parse_flags, place_run, set_up_process
 from support.page import arithmetic, as_text, page_of_run, page_row, write_page
-from train import Item, Run, collect, load_run, score, update
+from train import Item, Run, collect, learn, load_run, score
 
 
 def main():
@@ -60,9 +60,8 @@ def take_page(argv: list[str]) -> tuple[str | None, list[str]]:
     page = found.html
     if page == "":
         raise InputError("--html: name the file, as in --html group.html")
-    if page and (os.path.isdir(page) or not os.access(os.path.dirname(page) or ".", os.W_OK)):
-        raise InputError(f"--html {page}: cannot be written; it must be a file, in a folder that "
-                         "exists and can be written to")
+    if page:
+        refuse_unwritable(page)
     return page, others
 
 
@@ -75,10 +74,8 @@ def show(run: Run, page: str | None = None) -> None:
                          "--seed may have more luck")
     item = items[0]
     before = score(run, run.policy, [item])[0]    # (G, T)
-    item.old_logprobs = before
-    if run.algorithm.needs_reference:    # the model as it starts is its own reference
-        item.ref_logprobs = before
-    sums, norm = update(run, [item])
+    learned = learn(run, [item])
+    sums, [norm] = learned.sums, learned.norms    # of the one update
     after = score(run, run.policy, [item])[0]     # (G, T)
 
     print()

@@ -549,6 +549,7 @@ def test_no_contrast_no_gradient():
     dict(objective="pairs", gold_rivals="zero"), dict(objective="pairs", gold_weight=2.0),
     dict(objective="pairs", virtual_right="always"), dict(objective="pairs", train_on="right"),
     dict(scale="mean", overlong=0.2), dict(train_on="right", resample="dynamic"),
+    dict(train_on="right", gold_old="one"),
     dict(gold_shape="ratio", gold_old="one", objective="cispo")], ids=str)
 def test_impossible_settings_are_refused(bad):
     """Each is refused by name, "switch=value: why". (Bug: a setting that is silently ignored.)"""
@@ -659,8 +660,8 @@ def tiny(tmp_path):
 
 
 def some_items(count=3, seed=0, gold=True):
-    """Groups of four ragged responses. The first has no contrast; the others have no right
-    rollout, and gold if it is wanted."""
+    """Groups of four ragged responses. The first has no contrast; the others are all
+    wrong and get gold, or without gold have one right."""
     generator = torch.Generator().manual_seed(seed)
     draw = lambda *shape: torch.randint(2, 23, shape, generator=generator)
     items = []
@@ -679,6 +680,7 @@ def some_items(count=3, seed=0, gold=True):
         if gold:
             group = substitute_gold(group, draw(8), ALGORITHMS["gcpo"], generator)
         else:
+            group.correct[1] = True
             group.rewards[1] = 1.0
         items.append(Item(0, None, group, group_advantages(group.rewards)))
     return items

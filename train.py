@@ -1,4 +1,4 @@
-"""Training: sample → grade → substitute gold → advantages → updates → log → evaluate → save.
+"""Training: sample → grade → substitute gold → advantages → updates → evaluate → log → save.
 
     python train.py                                      the toy, by GCPO
     python train.py --model DIR --data gsm8k.jsonl       a real model and real problems
@@ -125,7 +125,7 @@ def main():
 
 
 def load_run(config: Config, algorithm: Algorithm, device: torch.device) -> Run:
-    """Read everything the run needs, and check it, before anything is written."""
+    """Read and check everything the run needs."""
     reward = load_reward(config.reward, config.correct_at, config.answer_format)
     shape = read_config(config.model)
     tokenizer = load_tokenizer(
@@ -207,8 +207,8 @@ def collect(run: Run, step: int, state: State) -> tuple[list[Group], list[Item]]
     totals. With dynamic sampling (DAPO, arXiv 2503.14476, eq. 11) groups all right or all wrong are
     replaced by those of further problems, in `max_tries` rounds at most; if some are still missing,
     the latest of them fill up, with advantages 0. (All wrong may stay where a virtual reward gives
-    it contrast, as in NGRPO.) SFT samples nothing. A problem without gold leaves its position empty
-    there, one without right response in RFT."""
+    it contrast, as in NGRPO.) SFT samples nothing; there a problem without gold makes no item, and
+    in RFT one without a right response."""
     config = run.config
     if run.algorithm.train_on == "gold":
         numbers = next_problems(config.prompts, len(run.problems), state, config.seed)
@@ -283,7 +283,7 @@ def sample_and_grade(run: Run, step: int, numbers: list[int], first: int, state:
         group = grade_group(group, p, run.tokenizer, run.reward)
         penalty = overlong_penalty(group.lengths, config.max_new_tokens, algorithm.overlong)
         group = replace(group, rewards=group.rewards + penalty)
-        if algorithm.scale == "mean" and group.rewards.min() < 0:    # before it turns any sign
+        if algorithm.scale == "mean" and group.rewards.min() < 0:
             raise InputError(f"--scale mean: the reward gave {group.rewards.min():g}, and it "
                              "divides by the mean reward; rewards must be 0 or more")
         groups.append(group)
@@ -427,8 +427,7 @@ def backward(run: Run, items: list[Item], total_rows: int, total_tokens: int) ->
     apart = len(passes) > 1 and not sharded
     if apart:
         prefix = encode_prompts(model, prompts)
-        leaves = prefix.cut()
-        prompts = leaves    # from here on a Prefix, no list
+        prompts = prefix.cut()    # from here on a Prefix, no list
 
     sums = Counter()
     for rows in passes:
@@ -450,7 +449,7 @@ def backward(run: Run, items: list[Item], total_rows: int, total_tokens: int) ->
             metrics["mismatch"] = torch.where(own, rows.logprobs - old_logprobs, 0.0).abs().sum()
         sums.update({name: x.double() for name, x in metrics.items()})    # a Counter's update adds
     if apart:
-        prefix.backward(leaves)
+        prefix.backward(prompts)
     return sums
 
 

@@ -154,6 +154,12 @@ def cpu_has_bf16() -> bool:
 
 # ---- Files ---------------------------------------------------------------------------------------
 
+def refuse_unwritable(path: str) -> None:
+    if os.path.isdir(path) or not os.access(os.path.dirname(path) or ".", os.W_OK):
+        raise InputError(f"{path}: cannot be written; it must be a file, in a folder that exists "
+                         "and can be written to")
+
+
 @contextlib.contextmanager
 def written_whole(path: str):
     """A text file to write to. It is written beside and renamed: whole, or not there."""

@@ -175,7 +175,7 @@ def read_settings(folder: str) -> dict:
         norm_after=family.norm_after,
         rope_theta=file.number("rope_theta", where=rope),
         rope_scaling=rope_scaling(file, rope),
-        rope_length=rope_length(file, rope),
+        attention_factor=attention_factor(file, rope),
         raw=raw)
     if family.may_skip_rope:
         settings["layers_without_rope"] = layers_without_rope(file, layers)
@@ -280,8 +280,8 @@ def yarn_numbers(file: ConfigFile, rope: dict) -> list[float]:
     return [file.number(name, defaults.get(name), rope) for name in names]
 
 
-def rope_length(file: ConfigFile, rope: dict) -> float:
-    """model.ModelConfig.rope_length: yarn's attention_factor."""
+def attention_factor(file: ConfigFile, rope: dict) -> float:
+    """model.ModelConfig.attention_factor: yarn's, of cos and sin."""
     if rope.get("rope_type", rope.get("type")) != "yarn":
         return 1.0
     factor = file.number("factor", where=rope)

@@ -39,7 +39,8 @@ class Fields(NamedTuple):
     """What a record says, in whatever form."""
     question: str | list       # text, or chat messages
     answer: str
-    solution: str | None       # the way to the answer; it becomes gold
+    solution: str | None       # the way to the answer; it becomes gold, if there is no other
+    gold: object               # as it stands there, or None
 
 
 def read_fields(record) -> Fields:
@@ -49,11 +50,12 @@ def read_fields(record) -> Fields:
     refuse_what_would_be_dropped(fields)
     question = read_question(fields, record)
     solution = read_solution(fields)
+    gold = fields.get("gold")
     if any(fields.get(name) for name in CHOICES):
         lines, answer = read_choices(fields)
         if not isinstance(question, str):
             raise Unusable("it has choices beside chat messages; write them into the message")
-        return Fields(question + "\n" + "\n".join(lines), answer, solution)
+        return Fields(question + "\n" + "\n".join(lines), answer, solution, gold)
     answer, solution = read_answer(fields, record, solution)
     if fields.get("is_correct") is False:    # OpenMathInstruct
         solution = None
@@ -61,7 +63,7 @@ def read_fields(record) -> Fields:
         solution = None    # it is the bare answer, and no way to it
     if "body" in fields:
         answer = re.sub(r"^([^();]+?)\s*\([^()]*\)$", r"\1", answer)    # ASDiv: 9 (apples)
-    return Fields(question, answer, solution)
+    return Fields(question, answer, solution, gold)
 
 
 # ---- Question ------------------------------------------------------------------------------------

@@ -288,9 +288,8 @@ def idle_switches(algorithm: Algorithm) -> set[str]:
         return SWITCHES - {"train_on", "aggregation"}
     idle = set()
     if algorithm.train_on == "right":    # ratio 1 and advantage 1
-        idle |= {"clip_low", "clip_high", "scale", "virtual_right", "overlong", "objective"}
-        idle |= {"gold_clip", "gold_rivals", "gold_advantage", "gold_weight"}
-        idle |= {"level"} if algorithm.gold_old == "policy" else set()
+        idle |= {"level", "clip_low", "clip_high", "scale", "virtual_right", "overlong"}
+        idle |= {"objective", "gold_clip", "gold_rivals", "gold_advantage", "gold_weight"}
     if algorithm.objective == "pairs":
         idle |= {"level", "clip_low", "clip_high", "aggregation", "scale"}
         idle |= {"gold_old", "gold_shape", "gold_clip", "gold_advantage"}

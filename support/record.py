@@ -73,17 +73,15 @@ class Record:
         """The step's metrics, over all processes. From here on state.step counts this step too."""
         config = self.run.config
         self.state.step += 1
-        report = runlog.gather_step(
+        self.report = runlog.gather_step(
             self.run, self.state.step, rollouts, items, learned, self.stopping())
         began, sampled, updated = (self.times[key] for key in ("begin", "sample", "update"))
-        self.sample = report.sample
-        self.stop = report.stop
-        self.metrics = report.metrics | {
+        self.metrics = self.report.metrics | {
             "update/lr": learning_rate(self.state.step - 1, config),
             "update/bf16_changed": self.bf16_change.share(),
             "time/sample": sampled - began,
             "time/update": updated - sampled,
-            "time/tokens_per_second": report.tokens / (updated - began),
+            "time/tokens_per_second": self.report.tokens / (updated - began),
             "memory/peak_gib": peak_bytes(self.run.master.device) / 2**30,
         }
         bad = self.metrics["update/not_finite"] > 0
@@ -101,14 +99,14 @@ class Record:
         """The step's lines. Before the checkpoint: --resume cuts off extra lines of the log, but
         it could not write missing ones."""
         self.log("metrics", self.metrics)
-        self.log("samples", self.sample)
+        self.log("samples", self.report.sample)
         self.warned = self.warned or runlog.warn_of_cut_off(self.run, self.metrics)
         runlog.show_on(self.bar, self.metrics)
 
     def save_if_due(self) -> None:
         config, state = self.run.config, self.state
         best = state.best_step == state.step
-        if self.due(config.save_every) or best or self.stop or self.give_up:
+        if self.due(config.save_every) or best or self.report.stop or self.give_up:
             self.refuse_lost()
             save_checkpoint(config.out, self.run.master, self.run.optimizer, state,
                             self.tokenizer_files, config.keep)
@@ -124,7 +122,7 @@ class Record:
                 f"step {state.step}: gradients were not finite in {state.bad_steps} steps in a row "
                 "(samples.jsonl shows groups); the weights as of the last finite update are in "
                 f"{out}/checkpoints; try a lower --lr or --dtype float32")
-        if self.stop and not self.last:
+        if self.report.stop and not self.last:
             raise KeyboardInterrupt
 
     @property
@@ -148,14 +146,9 @@ class Record:
         if gone and parallel.rank() == 0:
             raise InputError(f"{os.path.join(out, gone[0])} has gone while the run went on; what "
                              "was trained since the last checkpoint is lost")
-        finite = all(is_finite(p) for p in self.run.master.parameters())
+        weights = (parallel.my_shard(p) for p in self.run.master.parameters())
+        finite = all(bool(p.isfinite().all()) for p in weights)
         [bad] = parallel.all_sum(int(not finite))
         if bad:
             raise InputError(f"step {self.state.step}: weights are not finite, so they are not "
                              f"saved; try a lower --lr; {out}/checkpoints has the last good ones")
-
-
-def is_finite(parameter) -> bool:
-    """Of a shard: this process's part of it."""
-    local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
-    return bool(local.isfinite().all())

@@ -347,14 +347,15 @@ def test_formats(tmp_path, record, question, answer, solution, answer_format, la
 def test_own_gold_is_taken_as_it_is(tmp_path):
     """A record's own gold, a larger model's response, is taken as it is.
 
-    (Bugs: such a gold edited, or lost to the data set's solution.)
+    (Bugs: such a gold edited, lost to the data set's solution, or only if named in capitals.)
     """
     own = "Think: <<2+2=4>> 4.\n\\boxed{4}"
     plain = {"question": "Q?", "answer": "4", "gold": own}
     gsm8k = {"question": "Q?", "answer": "Short.\n#### 4", "gold": own}
-    path = write(tmp_path / "a.jsonl", jsonl(plain, gsm8k))
+    capitals = {"Question": "Q?", "Answer": "4", "Gold": own}
+    path = write(tmp_path / "a.jsonl", jsonl(plain, gsm8k, capitals))
     golds = [p.gold for p in read_problems(path)]
-    assert golds == [own, own]
+    assert golds == [own, own, own]
 
 
 RECORDS = [{"question": f"Question {i}: où?", "answer": i} for i in (1, 2, 3)]
@@ -1469,10 +1470,11 @@ def test_half_a_letter_is_left_out(tmp_path):
     assert "line 2: it holds half of a letter" in notes.lines["left_out"][0]
 
 
-def test_a_problem_that_the_template_refuses_is_left_out(tmp_path):
+def test_a_problem_that_the_template_refuses_is_left_out(tmp_path, monkeypatch):
     """A template that raises on one record refuses that one, by its line, and not the file.
 
-    (Bug: Gemma's, which knows no system message, and one such record among 100,000.)
+    (Bugs: Gemma's, which knows no system message, and one such record among 100,000; the same, a
+    hundred times over, refused once more in a later part of the file.)
     """
     template = (
         "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
@@ -1494,7 +1496,11 @@ def test_a_problem_that_the_template_refuses_is_left_out(tmp_path):
         f"{path}, line 2",
         "--strict",
     )
-    alone = read_problems(write(tmp_path / "b.jsonl", jsonl(lines[1])))
+    monkeypatch.setattr(data, "PART", 2)    # its repeats are all that later parts have to render
+    path = write(tmp_path / "repeated.jsonl", jsonl(*lines, lines[1], lines[1], lines[1]))
+    kept = prepare(read_problems(path), tokenizer, Limits(20, 100))
+    assert [p.question for p in kept] == ["Q?", "R?"]
+    alone = read_problems(write(tmp_path / "b.jsonl", jsonl(lines[1], lines[1], lines[1])))
     refusal(lambda: prepare(alone, tokenizer, Limits(20, 100)), "chat_template.jinja", "no system")
 
 
