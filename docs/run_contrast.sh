@@ -53,7 +53,7 @@ start=$WORK-start/sft-seed0/model
 golds=data=$data/golds.jsonl
 export ARMS=${ARMS:-grpo gcpo gcpo:$STEPS:gold-rivals=zero rft sft:$STEPS:$golds \
   sft:$((5 * STEPS)):$golds}
-export FLAGS="--prompts 8 --group-size 8 --temperature 0.6 --lr 2e-5 --eval-every $STEPS $common
+export FLAGS="--prompts 8 --group-size 8 --lr 1e-5 --eval-every $STEPS $common
   ${FLAGS:-}"
 docs/run_real.sh "$start" "$data/rl.jsonl" "$data/held_out.jsonl" \
   ${more[@]+"${more[@]}"}    # bash 3.2 calls an empty list unbound
