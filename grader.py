@@ -311,8 +311,12 @@ def equal_lists(answer: List, reference: List, depth: int) -> bool:
     if signs & {"<", ">", r"\leq", r"\geq", r"\neq"} and answer.separators != reference.separators:
         return False
     named = all(split_name(item)[0] for item in items)
-    unordered = named or separators & {"or", r"\cup"} or reference.opening in ("{", r"\{")
+    joined = separators & {"or", r"\cup"} and sets
+    unordered = named or joined or reference.opening in ("{", r"\{")
     if not unordered:
+        names = [split_name(item)[0] for item in answer.items]
+        if all(names) and names != sorted(names):    # y=1, x=2 is no (1, 2)
+            return False
         return all(equal(*pair, depth) for pair in zip(answer.items, reference.items))
     return equal_sets(answer.items, reference.items, depth)
 

@@ -62,8 +62,10 @@ def read_number(tokens: list[Token]) -> Number | None:
         return None
     places, digits = math.inf, 0
     if shape == ["#"]:
-        whole, _, decimals = tokens[at].text.partition(".")
-        places, digits = len(decimals), len((whole + decimals).lstrip("0"))
+        mantissa, _, exponent = tokens[at].text.partition("e")
+        whole, _, decimals = mantissa.partition(".")
+        places = len(decimals) - int(exponent or 0)
+        digits = len((whole + decimals).lstrip("0"))
     if value.denominator == 1:
         end = end_of_ordinal(tokens, end)
     while end < len(tokens) and tokens[end].text.lower().removesuffix("s") in MULTIPLES:
@@ -117,10 +119,13 @@ def factorial(number: Fraction) -> Fraction:
 
 def equal_values(number: Number, reference: Number) -> bool:
     """Exactly; or, if the reference has six decimal places or more, to the last of them, or to the
-    last of the response's if it has six or more itself."""
+    last of the response's if it has six or more itself. (And four digits, both: 0.000001 says
+    nothing of 0.0000012345.)"""
     if number.value == reference.value:
         return True
     if not 6 <= reference.places < math.inf or reference.digits < 4:
+        return False
+    if number.places < math.inf and number.digits < 4:
         return False
     compared = min(number.places, reference.places)
     difference = abs(number.value - reference.value)

@@ -81,6 +81,7 @@ def read_tokens(text: str, in_math: bool = False) -> list[Token]:
     text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ]+", lambda m: f"^{{{m[0].translate(SUPERSCRIPTS)}}}", text)
     text = re.sub("[₀-₉₊₋]+", lambda m: f"_{{{m[0].translate(SUBSCRIPTS)}}}", text)
     text = re.sub(r"(?<=[\w)])\*\*(?=[\w(])", "^", text.translate(LETTERS))    # x**2
+    text = re.sub(r"(?<=\d)(\s*[ap])\.m\b\.?", r"\1m", text, flags=re.IGNORECASE)    # 6 p.m.
     if text.replace("$$", "").replace(r"\$", "").count("$") == 1:
         text = text.replace("$", r"\$")    # alone it is no bracket of formulas, but a currency
     return bare(with_braces(pieces(text, in_math)))

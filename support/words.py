@@ -119,13 +119,16 @@ CHANGES = re.compile(r"""
     |(?:twent|thirt|fort|fift|sixt|sevent|eight|ninet)(?:y|ies|ieths?)
     |(?:third|fif?th|eighth|nine?th|twelfth|quarter)s?|half|halves?|halved
     |[a-z]*illi(?:on|ard)(?:s|ths?)?|twice|thrice|(?:doubl|tripl|quadrupl)e[sd]?|squared?|cubed?
-    |plus|minus|negative|divided|multiplied|below|under|above|over|than|least|most|mod|modulo|base
+    |plus|minus|negative|divided|multiplied|below|under|above|least|most|mod|modulo|base
     |binary|octal|hexadecimal|sin|cos|tan|cot|sec|csc|log|ln|exp|lim|gcd|lcm
     |alpha|beta|gamma|delta|epsilon|theta|lambda|sigma|tau|phi|omega
     |or|nor|not|no|never|cannot|wrong|incorrect|false|wait|actually|instead|rather|except|either
     |undefined""", re.IGNORECASE | re.VERBOSE)
 # ... and words that do so if they follow at once.
 CHANGES_AT_ONCE = ("and", "to", "root", "point", "power", "choose", "factorial")
+# Words that take back a choice. (Others of CHANGES may be its text: B) three or more.)
+CORRECTIONS = set("wrong incorrect wait actually instead rather except either".split())
+TAKEN_BACK = re.compile("(?:and|or|is not|isn't) |not (?:correct|right|true|$)", re.IGNORECASE)
 TALK_SIGNS = (",", ".", ";", ":", "?", "(", ")", '"', "—")
 
 
@@ -147,6 +150,8 @@ def is_talk(tokens: list[Token]) -> bool:
         elif token.kind == "word" and is_word(token, before, after):
             at += 1
         elif token.text in TALK_SIGNS or token.text == "!" and token.style != "math":
+            at += 1
+        elif token.text == "'" and token.glued and before and len(before.text) > 1:    # farmers'
             at += 1
         elif token.text in ("/", r"\cdot", r"\mu") and after and joins(after):
             at += 1
@@ -222,7 +227,7 @@ def split_name(tokens: list[Token]) -> tuple[str, list[Token]]:
 
 
 def letter_of_choice(tokens: list[Token]) -> str | None:
-    """B of B, (b), option B, B) 15 and B: a cat; None of (A) or (B)."""
+    """B of B, (b), option B, B) 15 and B: a cat or two; None of (A) or (B), and of B: wrong."""
     texts = [token.text for token in tokens]
     if texts[:1] and texts[0].lower() in ("option", "choice"):
         texts = texts[1:]
@@ -234,8 +239,10 @@ def letter_of_choice(tokens: list[Token]) -> str | None:
     ends = (")", ".", ":")
     if rest and rest[0] not in ends:
         return None
+    if TAKEN_BACK.match(" ".join([*rest[1:], ""])):
+        return None
     for text, after in zip(rest, rest[1:] + ["."]):
         is_another = re.fullmatch("[A-Z]", text) and after in ends
-        if is_another or text == "and" or CHANGES.fullmatch(text):
+        if is_another or text.lower() in CORRECTIONS:
             return None
     return letter.upper()
