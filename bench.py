@@ -749,6 +749,7 @@ def our_steps(args, device: torch.device, turns: Turns) -> list[str]:
         data=args.data,
         out=args.shared,
         steps=10**6,
+        save_every=0,
         prompts=args.prompts,
         group_size=args.group_size,
         max_new_tokens=args.max_new_tokens,
@@ -808,7 +809,8 @@ def trl_steps(args, device: torch.device, dtype: torch.dtype, turns: Turns) -> l
             if state.global_step == args.rounds:
                 turns.another()    # what the trainer does at its end must not disturb our side
 
-    texts = [{"prompt": tokenizer.decode(p.tolist())} for p in prompts]
+    decode = tokenizer.backend.decode
+    texts = [{"prompt": decode(p.tolist(), skip_special_tokens=False)} for p in prompts]
     with tempfile.TemporaryDirectory() as folder:
         trainer = trl.GRPOTrainer(
             model=args.model,
@@ -956,7 +958,7 @@ def config_of(folder: str, shape: str) -> ModelConfig:
 # ---- What it costs -------------------------------------------------------------------------------
 
 def cost() -> None:
-    """GiB of each GPU, for full training of a model with the defaults on a GPU."""
+    """GiB of each GPU, for README's command on one GPU."""
     ways = {
         "one GPU": {},
         "--gradient-checkpointing": {"gradient_checkpointing": True},
@@ -976,7 +978,7 @@ def cost() -> None:
             place = Circumstances(
                 device="cuda", dtype=torch.bfloat16, prompt=200, response=512, group=8,
                 processes=settings.pop("processes", 1), has_reference=False)
-            config = Config(rows_per_pass=16, **settings)
+            config = Config(prompts=32, max_new_tokens=512, rows_per_pass=16, **settings)
             total = needs(shape, config, place).total
             cells.append(f"{total / GIB:.0f}".rjust(len(way) + 2))
         print_row(14, name, cells)

@@ -12,6 +12,7 @@ import os
 import re
 import statistics
 import sys
+from collections import Counter
 from typing import NamedTuple
 
 
@@ -94,14 +95,14 @@ def load_pyplot():
 
 def read_runs(folders: list[str], merge_seeds: bool) -> dict[str, list[list[dict]]]:
     """The logs under each label: several with --seeds, else one."""
+    label_of = lambda name: re.sub(r"-seed\d+$", "", name) if merge_seeds else name
     names = [os.path.basename(os.path.abspath(folder)) for folder in folders]
+    twice = {label_of(name) for name, count in Counter(names).items() if count > 1}
     runs = {}
     for folder, name in zip(folders, names):
-        label = name
-        if merge_seeds:
-            label = re.sub(r"-seed\d+$", "", name)
-        elif names.count(name) > 1:
-            label = os.path.relpath(folder)
+        label = label_of(name)
+        if label in twice:    # runs of different folders
+            label = label_of(os.path.relpath(folder))
         runs.setdefault(label, []).append(read_run(folder))
     return runs
 

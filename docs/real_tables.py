@@ -2,13 +2,14 @@
 
     python docs/real_tables.py WORK [--against start]
 
-One row per model, mean@k ± standard error on each set; then the same as differences from the model
---against, paired by problem; then one row per training run. docs/runs/ keeps, under WORK's name,
-what they are made of.
+One row per model, mean@k ± standard error on each set; then the same as differences from the arm
+--against, paired by problem, all seeds of an arm together; then one row per training run.
+docs/runs/ keeps, under WORK's name, what they are made of.
 """
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 import re
@@ -58,21 +59,32 @@ def table_of_evaluations(work: str, kept: str) -> None:
 
 
 def table_of_pairs(work: str, kept: str, against: str) -> None:
-    """Of every completion, in files NAME--SET.jsonl: how much more often each model is right than
-    the model `against`, in points, with the 95 % interval over the problems of the set."""
+    """Of every completion, in files NAME--SET.jsonl: how much more often each arm is right than the
+    arm `against`, in points, with the 95 % interval over the problems of the set. A problem counts
+    once, with the mean of the arm's seeds."""
+    against = without_seed(against)
     found, lines = {}, []
     for arm, name, path in results(work, ".jsonl"):
         right = right_of_each(read(path))
         lines.append({"model": arm, "set": name, "right": right})
-        found.setdefault(name, {})[arm] = right
+        found.setdefault(name, {}).setdefault(without_seed(arm), []).append(right)
     if not lines:    # of runs before completions were kept
         return
     write(os.path.join(kept, "right.jsonl"), lines)
-    arms = [arm for arm in dict.fromkeys(line["model"] for line in lines) if arm != against]
+    arms = list(dict.fromkeys(without_seed(line["model"]) for line in lines))
+    if against not in arms:
+        sys.exit(f"error: --against {against}: none of {', '.join(arms)}")
+    arms.remove(against)
     columns = {f"minus {against}, points": arms}
     for name, of_set in found.items():
-        columns[name] = [difference_cell(of_set.get(arm), of_set.get(against)) for arm in arms]
+        means = {arm: [statistics.mean(right) for right in zip(*seeds, strict=True)]
+                 for arm, seeds in of_set.items()}
+        columns[name] = [difference_cell(means.get(arm), means.get(against)) for arm in arms]
     table(columns)
+
+
+def without_seed(arm: str) -> str:
+    return re.sub(r"-seed\d+$", "", arm)
 
 
 def results(work: str, ending: str):
@@ -87,7 +99,8 @@ def right_of_each(completions: list[dict]) -> list[float]:
     """The share of right responses to each problem, in order."""
     responses = {}
     for r in completions:
-        responses.setdefault(r["question"], []).append(r["correct"])
+        question = json.dumps(r["question"])    # it may be a list of messages
+        responses.setdefault(question, []).append(r["correct"])
     return [statistics.mean(right) for right in responses.values()]
 
 

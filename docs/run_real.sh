@@ -31,7 +31,7 @@ model=$1
 train=$2
 held_out=$3
 sets=("${@:3}")
-if [ -n "$(printf '%s\n' "${sets[@]}" | xargs -n1 basename | sort | uniq -d)" ]; then
+if [ -n "$(for set in "${sets[@]}"; do basename "$set"; done | sort | uniq -d)" ]; then
   echo "error: two files of one name; rename one" >&2
   exit 2
 fi

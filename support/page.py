@@ -116,13 +116,13 @@ def logged_groups(path: str, scale: str) -> list[dict]:
     """What the page shows of each line of a run's samples; a last one that is cut off is passed
     over."""
     try:
-        with open(path, encoding="utf-8") as f:
+        with open(path, "rb") as f:    # a cut may go through a letter
             lines = f.readlines()
     except OSError as e:
         raise InputError(f"{path}: cannot be read ({e.strerror})") from None
     groups = []
     for number, line in enumerate(lines, 1):
-        if not line.endswith("\n"):    # a run that is being written
+        if not line.endswith(b"\n"):    # a run that is being written
             break
         try:
             record = json.loads(line)

@@ -135,12 +135,13 @@ def test_what_cannot_be_is_one_line(tmp_path, capsys):
     (tmp_path / "metrics.jsonl").write_text("")
     a_row = '{"text": "a", "rewards": 1, "is_gold": false, "finished": true}'
     no_advantage = '{"step": 1, "question": "q", "reference": "1", "responses": [%s]}\n' % a_row
+    cut_in_a_letter = '{"step": 1, "question": "2 ×'.encode()[:-1].decode(errors="surrogateescape")
     for text, why in (
             ("", "no group"), ("{}\n[1]\n{}\n", "line 1"), ('{"step": 1}\n', "no group"),
             ("[1]\n", "line 1"),
             ('{"step": 1}\n' + no_advantage, "line 2"), ('{"responses": [1]}\n', "line 1"),
-            ('{"step": 1, "resp', "no group")):
-        (tmp_path / "samples.jsonl").write_text(text)
+            ('{"step": 1, "resp', "no group"), (cut_in_a_letter, "no group")):
+        (tmp_path / "samples.jsonl").write_text(text, errors="surrogateescape")
         with pytest.raises(InputError, match=why):
             page_of_run(str(tmp_path), str(tmp_path / "x.html"))
     for words in (["--html"], ["--html="], ["--html", str(tmp_path)], [f"--html={tmp_path}"],

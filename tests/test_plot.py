@@ -54,8 +54,8 @@ def draw(tmp_path, monkeypatch):
 def test_runs_and_seeds(tmp_path, draw):
     """Each run is one curve; with --seeds, its seeds are one averaged curve.
 
-    (Bugs: runs of one name drawn as one; seeds that are not averaged; a curve beyond
-    the shortest of its seeds.)
+    (Bugs: runs of one name drawn as one, with --seeds or without; seeds that are not averaged; a
+    curve beyond the shortest of its seeds.)
     """
     a = run(tmp_path / "a" / "toy-seed0", [0, 0.2])
     b = run(tmp_path / "b" / "toy-seed0", [0, 0.6])
@@ -71,6 +71,8 @@ def test_runs_and_seeds(tmp_path, draw):
     assert label == "toy"
     assert x == [0, 1]
     assert y == pytest.approx([0, 0.3])
+    heights = sorted(y for _, y in draw(a, b, "--seeds").values())
+    assert heights == [[0, 0.2], [0, 0.6]]
 
 
 def test_seconds(tmp_path, draw):
