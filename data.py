@@ -119,7 +119,7 @@ def read_problems(
 
 def parse_record(record, answer_format: str, answer_only_gold: bool, source: str = "") -> Problem:
     """A Problem from one record. Gold is the record's own `gold`; or its solution with the answer
-    on a last line (unless that is a box, and is in the solution already). Raises Unusable."""
+    on a last line, unless the solution names it in the wanted way already. Raises Unusable."""
     question, answer, solution, gold = read_fields(record)
     if is_empty(answer):
         raise Unusable("its answer is empty")
@@ -130,7 +130,8 @@ def parse_record(record, answer_format: str, answer_only_gold: bool, source: str
             raise Unusable("its gold is empty or not text")
     elif solution:
         gold = CALCULATOR.sub("", solution).strip()
-        ends_well = answer_format == "boxed" and last_boxed(gold) and grade(gold, answer, "boxed")
+        last_line = re.search("####.*$", gold) if answer_format == "hash" else last_boxed(gold)
+        ends_well = last_line and grade(gold, answer, answer_format)
         if not ends_well and not names_another(gold, answer):    # else `prepare` will say so
             gold = f"{gold}\n{final}"
     else:
@@ -390,7 +391,7 @@ def prepare_gold(
     value = reward(problem.opened + tokenizer.decode(ids), problem.answer)
     if limits.vocabulary is not None and int(ids.max()) >= limits.vocabulary:
         complaint = "its gold has tokens that the model does not know"
-    elif value < reward.correct_at:
+    elif torch.tensor(value, dtype=torch.float32) < reward.correct_at:    # as grade_group has it
         complaint = f"its gold does not grade as correct (answer {problem.answer!r})"
     elif len(ids) > limits.new_tokens:
         complaint = (f"its gold has {len(ids)} tokens, more than --max-new-tokens "

@@ -29,7 +29,8 @@ from model import Transformer, load_model
 from sampler import sample
 from support import parallel
 from support.common import (
-    InputError, exit_cleanly, flag, pick_device, pick_dtype, refuse_unwritable, written_whole)
+    InputError, exit_cleanly, flag, pick_device, pick_dtype, refuse_blank, refuse_unwritable,
+    written_whole)
 from support.cpu import keep_freed_memory
 from support.options import load_reward
 
@@ -249,6 +250,7 @@ def flags() -> argparse.ArgumentParser:
 
 def check(args) -> None:
     """Raises InputError for numbers out of range, and for files that could not be written."""
+    refuse_blank(args, ("model", "data", "reward", "out", "keep_correct"))
     least = dict(samples=1, max_new_tokens=1, limit=0, skip=0, top_k=0, temperature=0, rows=1,
                  seed=0, correct_at=-math.inf)
     for name, low in least.items():

@@ -44,7 +44,7 @@ from sampler import prompt_generator, sample
 from support import parallel, runlog
 from support.batches import count_passes, micro_batches, row_batches, stack_rows
 from support.checkpoint import State
-from support.common import InputError, exit_cleanly, pick_dtype
+from support.common import InputError, exit_cleanly, outlive_readers, pick_dtype
 from support.cpu import keep_freed_memory
 from support.dpo import pair_loss
 from support.estimate import warn_if_too_large
@@ -113,9 +113,11 @@ def main():
     config = place_run(config, algorithm)
     with removed_on_error(config):
         run = load_run(config, algorithm, device)
+        track = runlog.open_tracker(config)
     run.sft = sft_stage(algorithm, given)
     checkpoint = runlog.begin(run, given)
-    log = runlog.open_log(config)
+    log = runlog.open_log(config, track)
+    outlive_readers()
     try:
         before, after = train(run, log, checkpoint, runlog.heed_signals())
     except KeyboardInterrupt:

@@ -152,9 +152,9 @@ def turn_end(template: str, variables: dict, where: str) -> str:
 
 def run_child(job: dict, where: str) -> list[str | InputError]:
     try:
-        # -I: or a json.py of the current folder would run, which may be a stranger's.
+        # -P: or a json.py of the current folder would run, which may be a stranger's.
         done = subprocess.run(
-            [sys.executable, "-I", "-c", RENDER], input=json.dumps(job), capture_output=True,
+            [sys.executable, "-P", "-c", RENDER], input=json.dumps(job), capture_output=True,
             text=True, encoding="utf-8",
             timeout=RENDER_SECONDS + len(job["conversations"]) / 1000)
         result = json.loads(done.stdout)

@@ -25,6 +25,13 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def refuse_blank(settings, names: tuple[str, ...]) -> None:
+    """Raises InputError for --out "" and the like: an empty path would mean another folder."""
+    for name in names:
+        if getattr(settings, name) == "":
+            raise InputError(f'{flag(name)} "": is empty; is a variable of the shell not set?')
+
+
 def as_flags(settings: dict) -> list[str]:
     """Settings as the words of a command line; True is a flag without a value."""
     words = []
@@ -97,6 +104,12 @@ class Forgiving:
     def flush(self) -> None:
         with contextlib.suppress(OSError, ValueError):
             self.stream.flush()
+
+
+def outlive_readers() -> None:
+    """From now on what nobody reads any more (`train.py | tee log`, and tee has gone) is lost, and
+    the program goes on."""
+    sys.stdout = Forgiving(sys.stdout)
 
 
 def forgive_streams() -> None:

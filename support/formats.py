@@ -51,6 +51,8 @@ def read_fields(record) -> Fields:
     question = read_question(fields, record)
     solution = read_solution(fields)
     gold = fields.get("gold")
+    if isinstance(gold, str) and not gold.strip():
+        gold = None
     if any(fields.get(name) for name in CHOICES):
         lines, answer = read_choices(fields)
         if not isinstance(question, str):
@@ -86,7 +88,8 @@ def refuse_what_would_be_dropped(fields: dict) -> None:
 def first_filled(fields: dict, names: tuple[str, ...]) -> str | None:
     """The first of these fields that is not empty; or else the first that is there."""
     there = [name for name in names if name in fields]
-    filled = [name for name in there if as_text(fields[name]) or isinstance(fields[name], list)]
+    is_list = lambda value: isinstance(value, list) and len(value) > 0
+    filled = [name for name in there if as_text(fields[name]) or is_list(fields[name])]
     return next(iter(filled + there), None)
 
 
@@ -148,11 +151,7 @@ def read_answer(fields: dict, record: dict, solution: str | None) -> tuple[str, 
         way, answer = split_gsm8k(extra["answer"])
         return text_of(answer, "answer after #### in extra_info"), way
     if name is not None:
-        answer = text_of(fields[name], name)
-        if "####" not in answer:
-            return answer, solution
-        way, answer = split_gsm8k(answer)
-        return text_of(answer, f"answer after #### in {name}"), way or solution
+        return answer_field(fields[name], name, solution)
     if solution is None:
         null = [key for key, value in record.items()
                 if value is None and str(key).lower() in ANSWER + SOLUTION]
@@ -161,6 +160,24 @@ def read_answer(fields: dict, record: dict, solution: str | None) -> tuple[str, 
         raise Unusable(f"fields {', '.join(map(str, record))} are of no known format: no answer "
                        f"(looked for: {', '.join(ANSWER)}; and in {', '.join(SOLUTION)})")
     return answer_in(solution, "prompt" in fields)
+
+
+def answer_field(value, name: str, solution: str | None) -> tuple[str, str | None]:
+    """The answer that an answer's own field names, and the solution if it holds that too: before
+    its last ####, or around its last box."""
+    text = as_text(only(value)) or ""
+    if "####" in text:
+        way, answer = split_gsm8k(text)
+        return text_of(answer, f"answer after #### in {name}"), way or solution
+    answer = text_of(value, name)
+    if "\\boxed" in text and not is_short(text.replace(answer, "")):
+        return answer, solution or text
+    return answer, solution
+
+
+def is_short(text: str) -> bool:
+    """Whether a text is too short to be a way to an answer."""
+    return "\n" not in text.strip() and len(text.split()) < 6
 
 
 def answer_in(solution: str, may_be_bare: bool) -> tuple[str, str | None]:
@@ -175,7 +192,7 @@ def answer_in(solution: str, may_be_bare: bool) -> tuple[str, str | None]:
     named = extract_answer(solution)
     if named is not None:
         return named, solution
-    if may_be_bare and "\n" not in solution.strip() and len(solution.split()) < 6:
+    if may_be_bare and is_short(solution):
         return solution.strip(), None
     raise Unusable("no answer in its solution (looked for: ####, \\boxed{}, \"answer is\")")
 
@@ -192,9 +209,8 @@ def split_gsm8k(text: str) -> tuple[str, str]:
 
 
 def text_of(value, name: str) -> str:
-    """An answer as text, outside a box. A list of one is that one."""
-    if isinstance(value, list) and len(value) == 1:
-        value = value[0]
+    """An answer as text, outside a box."""
+    value = only(value)
     text = as_text(value)
     if text is None:
         raise Unusable(f"its {name} is {what_it_is(value)}")
@@ -205,6 +221,11 @@ def text_of(value, name: str) -> str:
     return text if boxed is None else boxed.strip()
 
 
+def only(value):
+    """A list of one is that one."""
+    return value[0] if isinstance(value, list) and len(value) == 1 else value
+
+
 def as_text(value) -> str | None:
     """A field's text, or None: 43.0 is written 43, and 1e-05 is written 0.00001."""
     if isinstance(value, str):
@@ -213,6 +234,8 @@ def as_text(value) -> str | None:
         return None
     if isinstance(value, float) and not math.isfinite(value):
         return None
+    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:    # exact
+        return str(int(value))
     if isinstance(value, float):    # 15 digits: 0.3 for 0.30000000000000004
         text = format(Decimal(f"{value:.15g}"), "f")
         return "0" if text == "-0" else text
@@ -273,6 +296,8 @@ def texts_of_choices(choices) -> list[str] | None:
     if isinstance(choices, dict) and isinstance(choices.get("text"), list):
         choices = choices["text"]
     elif isinstance(choices, dict):
+        # Parquet gives every record the keys of all.
+        choices = {key: text for key, text in choices.items() if text is not None}
         if list(choices) != list(string.ascii_uppercase[:len(choices)]):
             return None
         choices = list(choices.values())

@@ -5,6 +5,7 @@ So it works in a child, under limits on time and memory; a response it cannot ju
 """
 from __future__ import annotations
 
+import atexit
 import json
 import select
 import subprocess
@@ -17,7 +18,8 @@ SECONDS = 10       # for one response
 START_SECONDS = 60    # for loading the package
 
 CHILD = """
-import json, logging, sys
+import json, logging, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_IGN)    # Ctrl-C lets the parent finish its step
 try:
     import resource
     resource.setrlimit(resource.RLIMIT_AS, (4 * 2**30, 4 * 2**30))
@@ -46,10 +48,11 @@ class MathVerify:
     def __init__(self):
         self.child = None
         self.start()
+        atexit.register(lambda: self.child.kill())    # it may be lost in a long product
 
     def start(self) -> None:
         self.child = subprocess.Popen(
-            [sys.executable, "-I", "-c", CHILD], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            [sys.executable, "-P", "-c", CHILD], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL)
         said = self.answer(START_SECONDS)
         if said != "ready":

@@ -19,7 +19,8 @@ from gcpo import ALGORITHMS, Algorithm, switch
 from grader import GRADERS, Reward
 from support import parallel
 from support.checkpoint import sha256
-from support.common import InputError, as_flags, flag, one_line, pick_device, remove
+from support.common import (
+    InputError, as_flags, flag, one_line, pick_device, refuse_blank, remove)
 from support.folders import TOKENIZER_FILES, weight_files
 from support.math_verify import MathVerify
 from support.toy import TOY, build_toy, only_begun, toy_files
@@ -218,6 +219,7 @@ LEAST = dict(
 
 def check(config: Config) -> None:
     """Raises InputError for a number out of its range, and for an --out that is taken."""
+    refuse_blank(config, ("model", "data", "eval_data", "out", "reward"))
     for name, least in LEAST.items():
         value = getattr(config, name)
         if not least <= value < math.inf:
@@ -306,7 +308,7 @@ def as_command(config: Config, given: dict) -> str:
            if f.name not in ("out", "resume", "show")}
     defaults = asdict(Config())
     settings = {name: value for name, value in own.items()
-                if value != defaults[name] or name == "algo"}
+                if value != defaults[name] or name == "algo" or name in given}
     settings |= {name: value for name, value in given.items() if name in SWITCHES}
     return shlex.join(["python", "train.py", *as_flags(settings)])
 
@@ -357,7 +359,7 @@ def import_file(path: str):
 
 def set_up_process(config: Config) -> torch.device:
     """Meet the other processes, and choose this one's device and threads."""
-    own_device = parallel.join()
+    own_device = parallel.join(config.device)
     if config.threads:
         torch.set_num_threads(config.threads)
     if config.shard and parallel.world() == 1:
@@ -389,9 +391,12 @@ def place_run(config: Config, algorithm: Algorithm) -> Config:
     if out is None and parallel.rank() == 0:
         out = latest_folder(stem) if config.resume else fresh_folder(stem)
     out = parallel.from_first(out)
-    if config.resume and not os.path.isfile(os.path.join(out, "run.json")):
+    run_file = os.path.join(out, "run.json")
+    if config.resume and not parallel.from_first(os.path.isfile(run_file)):
         raise InputError(f"--resume: {out} holds no run (no run.json there); name the run with "
                          "--out, or begin anew without --resume")
+    if config.resume:
+        refuse_unshared(run_file)
     config = replace(config, out=out)
     if config.model is None:
         folder = os.path.join(out, "toy")
@@ -399,8 +404,16 @@ def place_run(config: Config, algorithm: Algorithm) -> Config:
             remove(folder)    # a run that was stopped as it began may have left one
             build_toy(folder, config.seed)
         parallel.from_first(None)    # the others wait until it is there
+        refuse_unshared(folder)
         config = replace(config, **toy_files(folder))
     return config
+
+
+def refuse_unshared(path: str) -> None:
+    """Raises InputError where the first process has written a file that this one cannot see."""
+    if not os.path.exists(path):
+        raise InputError(f"{path}: the first process has it and this one does not see it; the "
+                         "run's folder must be on a disk that all nodes share")
 
 
 def fresh_folder(stem: str) -> str:

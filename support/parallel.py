@@ -29,8 +29,9 @@ BUCKET = 2**25  # gradient elements that travel in one message
 
 # ---- Who is there --------------------------------------------------------------------------------
 
-def join() -> str | None:
-    """Meet the other processes, if torchrun started us. Returns this process's device, or None."""
+def join(wanted: str = "auto") -> str | None:
+    """Meet the other processes, if torchrun started us. wanted: --device. Returns this process's
+    device, or None."""
     count = os.environ.get("WORLD_SIZE", "1")
     if count == "1":
         return None
@@ -39,7 +40,7 @@ def join() -> str | None:
         raise InputError(f"WORLD_SIZE is {count!r} in the environment, and RANK, LOCAL_RANK or "
                          "MASTER_PORT is no number: start several processes with torchrun, or "
                          "unset WORLD_SIZE")
-    on_gpu = torch.cuda.is_available()
+    on_gpu = torch.cuda.is_available() and wanted != "cpu"
     if on_gpu and int(others[1]) >= torch.cuda.device_count():
         raise InputError(f"--nproc-per-node: there is a process number {others[1]} on this "
                          f"machine, and {torch.cuda.device_count()} GPUs; start one process a GPU")

@@ -215,13 +215,12 @@ def last_words(run, before: float | None, after: float | None) -> None:
 
 # ---- While it runs -------------------------------------------------------------------------------
 
-def open_log(config: Config):
+def open_log(config: Config, track=None):
     """log(kind, record) adds a line to OUT/metrics.jsonl or samples.jsonl, and returns once it is
-    on the disk. The first process writes."""
+    on the disk. The first process writes. track(record), if there is one, gets the metrics too."""
     if parallel.rank() > 0:
         return lambda kind, record: None
     out = config.out
-    track = open_tracker(config)
     files = {}
     for kind in ("metrics", "samples"):
         files[kind] = open(os.path.join(out, f"{kind}.jsonl"), "a", encoding="utf-8")
@@ -242,25 +241,13 @@ def open_log(config: Config):
 
 def open_tracker(config: Config):
     """track(record) sends a step's metrics to --track; None without it. If that fails, the run goes
-    on without."""
-    if config.track == "tensorboard":
-        from torch.utils.tensorboard import SummaryWriter
-        writer = SummaryWriter(os.path.join(config.out, "tensorboard"))
-
-        def send(numbers, step):
-            for name, value in numbers.items():
-                writer.add_scalar(name, value, step)
-            writer.flush()
-    elif config.track:
-        try:
-            program = importlib.import_module(config.track)    # wandb, or trackio, which is like it
-            program.init(project="gcpo", name=os.path.basename(config.out), config=asdict(config))
-        except Exception as e:
-            raise InputError(f"--track {config.track}: it does not start ({one_line(e)})") from None
-        atexit.register(program.finish)
-        send = lambda numbers, step: program.log(numbers, step=step)
-    else:
+    on without. Raises InputError if it does not start."""
+    if not config.track or parallel.rank() > 0:
         return None
+    try:
+        send = to_tensorboard(config) if config.track == "tensorboard" else to_program(config)
+    except Exception as e:
+        raise InputError(f"--track {config.track}: it does not start ({one_line(e)})") from None
     broken = []
 
     def track(record):
@@ -275,6 +262,26 @@ def open_tracker(config: Config):
                       file=sys.stderr)
 
     return track
+
+
+def to_tensorboard(config: Config):
+    from torch.utils.tensorboard import SummaryWriter
+    writer = SummaryWriter(os.path.join(config.out, "tensorboard"))
+
+    def send(numbers, step):
+        for name, value in numbers.items():
+            writer.add_scalar(name, value, step)
+        writer.flush()
+
+    return send
+
+
+def to_program(config: Config):
+    """wandb, or trackio, which is like it."""
+    program = importlib.import_module(config.track)
+    program.init(project="gcpo", name=os.path.basename(config.out), config=asdict(config))
+    atexit.register(program.finish)
+    return lambda numbers, step: program.log(numbers, step=step)
 
 
 def heed_signals():

@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerFast
 
 import data
 from data import (
-    INSTRUCTIONS, Limits, Notes, Problem, grade_group, load_tokenizer, prepare, read_problems)
+    INSTRUCTIONS, Limits, Notes, Problem, grade_group, load_tokenizer, parse_record, prepare,
+    read_problems)
 from gcpo import Group
 from grader import Reward, doubt, grade
 from support import chat, common
@@ -342,6 +343,51 @@ def test_formats(tmp_path, record, question, answer, solution, answer_format, la
     else:
         assert problem.gold == f"{solution}\n{last_line}"
     assert grade(problem.gold, problem.answer, answer_format) == 1.0
+
+
+ANSWER_FIELDS = {    # answer field: the answer, and the gold that it holds
+    "Each has \\boxed{9} apples.\n#### 18": ("18", "Each has \\boxed{9} apples."),    # names 9
+    "We add.\n#### \\boxed{18}": ("18", "We add.\n#### 18"),
+    "We add 9 and 9.\nSo \\boxed{18}.": ("18", "We add 9 and 9.\nSo \\boxed{18}.\n#### 18"),
+    "\\boxed{a + b + c + d}": ("a + b + c + d", None),
+    "It is $\\boxed{18}$.": ("18", None),
+    1234567890123456.0: ("1234567890123456", None),
+    9007199254740991.0: ("9007199254740991", None),
+    0.30000000000000004: ("0.3", None),
+}
+
+
+@pytest.mark.parametrize("field", ANSWER_FIELDS, ids=str)
+def test_what_an_answer_field_holds(field):
+    """#### goes before a box, what stands before either is the way, and whole numbers are exact.
+    The first's way names another answer, so `prepare` will not use it as gold, and say so. (Bugs: 9
+    as the answer of the first; the gold of others lost; ...460 for ...456.)"""
+    answer, gold = ANSWER_FIELDS[field]
+    problem = parse_record({"question": "Q?", "answer": field}, "hash", False)
+    assert problem.answer == answer
+    assert problem.gold == gold
+
+
+def test_blank_fields_are_absent():
+    """As a CSV exported to JSON has them, and Parquet's objects. (Bug: such records left out.)"""
+    assert parse_record({"question": "Q?", "answer": 18, "gold": " "}, "hash", False).gold is None
+    assert parse_record({"prompt": [], "question": "Q?", "answer": 1}, "hash", False).answer == "1"
+    choices = {"question": "Q?", "options": {"A": "x", "B": "y", "C": None}, "answer": "B"}
+    assert parse_record(choices, "hash", False).question == "Q?\n(A) x\n(B) y"
+
+
+def test_a_solution_that_ends_with_its_answer_is_gold_as_it_is():
+    """(Bug: #### 7 twice.)"""
+    record = {"question": "Q?", "answer": "7", "solution": "Way.\n#### 7"}
+    assert parse_record(record, "hash", False).gold == "Way.\n#### 7"
+
+
+def test_gold_counts_as_correct_as_a_rollout_does(tmp_path):
+    """A reward of 0.9 in fp32 against --correct-at 0.9. (Bug: rollouts right, every gold not.)"""
+    tokenizer = load_tokenizer(make_folder(tmp_path), instruction="")
+    reward = Reward(lambda response, answer: float(torch.tensor(0.9)), correct_at=0.9)
+    [problem] = prepare([Problem("Q?", "4", "#### 4")], tokenizer, Limits(20, 100), reward)
+    assert problem.gold_ids is not None
 
 
 def test_own_gold_is_taken_as_it_is(tmp_path):

@@ -18,6 +18,7 @@ from test_train import ROOT, metrics_of, on_toy
 import fuzz
 import plot
 from data import Limits, Problem, load_tokenizer, prepare
+from gcpo import ALGORITHMS
 from model import load_model
 from support import parallel
 from support.checkpoint import checkpoints, cut_log, digest_of, newest_checkpoint, refuse_changes
@@ -25,7 +26,8 @@ from support.common import (
     Forgiving, InputError, exit_cleanly, is_out_of_memory, pick_device, replaced_folder,
     written_whole)
 from support.folders import copy_tokenizer
-from support.options import Config, check, fresh_folder, load_reward, set_up_process
+from support.options import (
+    Config, check, fresh_folder, load_reward, place_run, set_up_process)
 
 
 def refusal(call, *words):
@@ -507,9 +509,46 @@ def test_more_processes_than_gpus(monkeypatch):
     refusal(parallel.join, "--nproc-per-node", "process number 2", "2 GPUs")
 
 
+def test_processes_that_want_no_gpu(monkeypatch):
+    """--device cpu may have more processes than there are GPUs. (Bug: refused for want of GPUs.)"""
+    for name, value in (("WORLD_SIZE", "4"), ("RANK", "2"), ("LOCAL_RANK", "2"),
+                        ("MASTER_PORT", "1")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    backends = []
+    monkeypatch.setattr(
+        torch.distributed, "init_process_group", lambda backend, **_: backends.append(backend))
+    assert parallel.join("cpu") == "cpu"
+    assert backends == ["gloo"]
+
+
+def test_a_run_on_a_disk_that_others_do_not_see(monkeypatch, tmp_path):
+    """A second node without the run's folder says so. (Bug: "holds no run", on one of two.)"""
+    monkeypatch.setattr(parallel, "from_first", lambda value: True if value is False else value)
+    config = Config(out=str(tmp_path), resume=True, model="m", data="d")
+    refusal(lambda: place_run(config, ALGORITHMS["gcpo"]), "run.json", "all nodes share")
+
+
+def test_a_run_outlives_its_reader(toy, tmp_path):
+    """`train.py | tee log`, and tee has gone: the run goes on to its end. (Bug: it ended at the
+    next evaluation, before that step was saved.)"""
+    out = tmp_path / "run"
+    command = [
+        sys.executable, "-u", os.path.join(ROOT, "train.py"), "--model", toy["model"],
+        "--data", toy["data"], "--eval-data", toy["data"], "--eval-limit", "2", "--eval-every",
+        "1", "--steps", "2", "--prompts", "2", "--max-new-tokens", "8", "--out", str(out)]
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    while not run.stdout.readline().startswith(b"step 0:"):
+        pass
+    run.stdout.close()
+    assert run.wait(120) == 0
+    assert (out / "model").is_dir()
+
+
 def test_one_gpu_named_for_all_processes(monkeypatch):
     """--device cuda:0 under torchrun is refused. (Bug: all processes on one GPU.)"""
-    monkeypatch.setattr(parallel, "join", lambda: "cuda:1")
+    monkeypatch.setattr(parallel, "join", lambda _: "cuda:1")
     refusal(lambda: set_up_process(Config(device="cuda:0")), "--device cuda:0", "torchrun")
 
 

@@ -54,12 +54,14 @@ def test_its_faults_cost_nothing(program, tmp_path, capsys):
 
 
 def test_what_cannot_start_is_one_line(program, tmp_path):
+    """It leaves nothing behind. (Bug: once logged in, the same command is refused.)"""
     def fail(**settings):
         raise RuntimeError("not logged in")
 
     program.init = fail
     with pytest.raises(InputError, match="--track trackio: .*not logged in"):
         train_with(*FLAGS, "--out", str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_what_is_not_there_is_asked_for(monkeypatch, tmp_path):
