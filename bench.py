@@ -749,7 +749,7 @@ def our_steps(args, device: torch.device, turns: Turns) -> list[str]:
         data=args.data,
         out=args.shared,
         steps=10**6,
-        save_every=0,
+        save_every=0,    # there is no run.json to save beside
         prompts=args.prompts,
         group_size=args.group_size,
         max_new_tokens=args.max_new_tokens,

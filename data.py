@@ -127,7 +127,7 @@ def parse_record(record, answer_format: str, answer_only_gold: bool, source: str
     if gold is not None:
         gold = as_text(gold)
         if gold is None:
-            raise Unusable("its gold is empty or not text")
+            raise Unusable("its gold is not text")
     elif solution:
         gold = CALCULATOR.sub("", solution).strip()
         last_line = re.search("####.*$", gold) if answer_format == "hash" else last_boxed(gold)

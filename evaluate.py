@@ -249,7 +249,8 @@ def flags() -> argparse.ArgumentParser:
 
 
 def check(args) -> None:
-    """Raises InputError for numbers out of range, and for files that could not be written."""
+    """Raises InputError for empty paths, numbers out of range, and files that could not be written.
+    """
     refuse_blank(args, ("model", "data", "reward", "out", "keep_correct"))
     least = dict(samples=1, max_new_tokens=1, limit=0, skip=0, top_k=0, temperature=0, rows=1,
                  seed=0, correct_at=-math.inf)

@@ -95,7 +95,7 @@ def load_pyplot():
 
 def read_runs(folders: list[str], merge_seeds: bool) -> dict[str, list[list[dict]]]:
     """The logs under each label: several with --seeds, else one."""
-    label_of = lambda name: re.sub(r"-seed\d+$", "", name) if merge_seeds else name
+    label_of = without_seed if merge_seeds else str
     names = [os.path.basename(os.path.abspath(folder)) for folder in folders]
     twice = {label_of(name) for name, count in Counter(names).items() if count > 1}
     runs = {}
@@ -105,6 +105,10 @@ def read_runs(folders: list[str], merge_seeds: bool) -> dict[str, list[list[dict
             label = label_of(os.path.relpath(folder))
         runs.setdefault(label, []).append(read_run(folder))
     return runs
+
+
+def without_seed(name: str) -> str:
+    return re.sub(r"-seed\d+$", "", name)
 
 
 def read_run(folder: str) -> list[dict]:

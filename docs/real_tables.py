@@ -18,7 +18,7 @@ import statistics
 import sys
 
 from experiments import KEPT, ROOT, Log, interval, read, seconds, table, thin, write
-from plot import read_run
+from plot import read_run, without_seed
 
 
 KEPT_OF_REAL = (
@@ -81,10 +81,6 @@ def table_of_pairs(work: str, kept: str, against: str) -> None:
                  for arm, seeds in of_set.items()}
         columns[name] = [difference_cell(means.get(arm), means.get(against)) for arm in arms]
     table(columns)
-
-
-def without_seed(arm: str) -> str:
-    return re.sub(r"-seed\d+$", "", arm)
 
 
 def results(work: str, ending: str):

@@ -218,7 +218,8 @@ LEAST = dict(
 
 
 def check(config: Config) -> None:
-    """Raises InputError for a number out of its range, and for an --out that is taken."""
+    """Raises InputError for an empty path, a number out of its range, and an --out that is taken.
+    """
     refuse_blank(config, ("model", "data", "eval_data", "out", "reward"))
     for name, least in LEAST.items():
         value = getattr(config, name)

@@ -126,7 +126,8 @@ CHANGES = re.compile(r"""
     |undefined""", re.IGNORECASE | re.VERBOSE)
 # ... and words that do so if they follow at once.
 CHANGES_AT_ONCE = ("and", "to", "root", "point", "power", "choose", "factorial")
-# Words that take back a choice. (Others of CHANGES may be its text: B) three or more.)
+# What takes back a choice: one of these words anywhere in its text, or TAKEN_BACK at the beginning.
+# (Others of CHANGES may be its text: B) three or more.)
 CORRECTIONS = set("wrong incorrect wait actually instead rather except either".split())
 TAKEN_BACK = re.compile("(?:and|or|is not|isn't) |not (?:correct|right|true|$)", re.IGNORECASE)
 TALK_SIGNS = (",", ".", ";", ":", "?", "(", ")", '"', "—")

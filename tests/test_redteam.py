@@ -499,23 +499,22 @@ def test_l7_a_run_named_like_a_formula(finished, tmp_path, monkeypatch):
 
 # ---- GPUs, as far as a CPU can pretend -----------------------------------------------------------
 
-def test_more_processes_than_gpus(monkeypatch):
-    """A process without a GPU of its own is refused in one line. (Bug: a traceback of CUDA's.)"""
+@pytest.fixture
+def third_process_of_two_gpus(monkeypatch):
     for name, value in (("WORLD_SIZE", "4"), ("RANK", "2"), ("LOCAL_RANK", "2"),
                         ("MASTER_PORT", "1")):
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+
+
+def test_more_processes_than_gpus(third_process_of_two_gpus):
+    """A process without a GPU of its own is refused in one line. (Bug: a traceback of CUDA's.)"""
     refusal(parallel.join, "--nproc-per-node", "process number 2", "2 GPUs")
 
 
-def test_processes_that_want_no_gpu(monkeypatch):
+def test_processes_that_want_no_gpu(monkeypatch, third_process_of_two_gpus):
     """--device cpu may have more processes than there are GPUs. (Bug: refused for want of GPUs.)"""
-    for name, value in (("WORLD_SIZE", "4"), ("RANK", "2"), ("LOCAL_RANK", "2"),
-                        ("MASTER_PORT", "1")):
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     backends = []
     monkeypatch.setattr(
         torch.distributed, "init_process_group", lambda backend, **_: backends.append(backend))
