@@ -661,7 +661,7 @@ def tiny(tmp_path):
 
 def some_items(count=3, seed=0, gold=True):
     """Groups of four ragged responses. The first has no contrast; the others are all wrong and get
-    gold, or without gold have one right."""""
+    gold, or without gold have one right."""
     generator = torch.Generator().manual_seed(seed)
     draw = lambda *shape: torch.randint(2, 23, shape, generator=generator)
     items = []
