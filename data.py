@@ -31,7 +31,7 @@ from support.formats import Unusable, as_text, read_fields
 class Problem:
     question: str | list            # text, or chat messages
     answer: str                     # what is right, without the way to it
-    gold: str | None = None         # a whole reference response that ends with the answer
+    gold: str | None = None         # a worked solution that ends with the answer
     source: str = ""                # file and line, for messages
     prompt: Tensor | None = None    # (P,) int64, filled in by `prepare`
     opened: str = ""                # "<think>\n", if the prompt has opened the model's scratch pad
@@ -91,7 +91,7 @@ def read_problems(
     answer_only_gold: bool = False,
     notes: Notes | None = None,
 ) -> list[Problem]:
-    """Problems from .jsonl, .json or .parquet, in any of support/formats.py.
+    """Problems from .jsonl, .jsonl.gz, .json or .parquet, in any of support/formats.py.
 
     A record that cannot be used is left out, and `notes` says so. Raises InputError with file and
     line for a file that cannot be read, and if no record can be used."""
@@ -265,7 +265,7 @@ class Tokenizer:
         return prompts
 
     def encode_prompt(self, problem: Problem) -> Tensor:
-        """(P,)"""
+        """(P,), of one problem: for your own code; `prepare` makes those of a file."""
         return self.encode_texts(self.prompt_texts([problem]))[0]
 
     def encode_response(self, text: str) -> Tensor:
@@ -309,8 +309,9 @@ def prepare(
     reward: Reward = Reward(),
     notes: Notes | None = None,
 ) -> list[Problem]:
-    """Fill in prompt, gold_ids and gold_reward of every problem. Returns the problems whose prompts
-    leave room for a response; `notes` says which were left out, and which golds are not used.
+    """Fill in prompt, opened, gold_ids and gold_reward of every problem. Returns the problems whose
+    prompts leave room for a response; `notes` says which were left out, and which golds are not
+    used.
 
     A gold is used only if it grades as correct against its own answer, and fits into
     `new_tokens` whole: a gold cut off would reward a text that never reaches its answer. Raises
@@ -318,25 +319,26 @@ def prepare(
     notes = notes or Notes()
     kept = []
     too_long = []
-    told = lambda p: (id(p.question), p.hint)
-    prompts = {}    # of each question, which may stand there a hundred times
-    refused = {}    # those of which the chat template can make none
+    # A question may stand there a hundred times; its prompt is made once.
+    key = lambda p: (id(p.question), p.hint)
+    prompts = {}    # by key: the prompt, and what it has opened
+    refused = {}    # by key: why the chat template can make none
     for first in range(0, len(problems), PART):
         part = problems[first:first + PART]
-        known = lambda p: told(p) in prompts or told(p) in refused
-        new = {told(p): p for p in part if not known(p)}.values()
+        known = prompts.keys() | refused.keys()
+        new = {key(p): p for p in part if key(p) not in known}.values()
         texts = tokenizer.rendered(list(new))
-        refused |= {told(p): t for p, t in zip(new, texts) if isinstance(t, InputError)}
-        new = [problem for problem in new if told(problem) not in refused]
+        refused |= {key(p): t for p, t in zip(new, texts) if isinstance(t, InputError)}
+        new = [problem for problem in new if key(problem) not in refused]
         texts = [text for text in texts if isinstance(text, str)]
         for problem, text, prompt in zip(new, texts, tokenizer.encode_texts(texts)):
             refuse_without_question(text, problem, tokenizer)
-            prompts[told(problem)] = prompt, opened_by(problem.question, text)
+            prompts[key(problem)] = prompt, opened_by(problem.question, text)
         for problem in part:
-            if told(problem) in refused:
-                notes.add("left_out", problem.source, str(refused[told(problem)]))
+            if key(problem) in refused:
+                notes.add("left_out", problem.source, str(refused[key(problem)]))
                 continue
-            prompt, opened = prompts[told(problem)]
+            prompt, opened = prompts[key(problem)]
             if not 1 <= len(prompt) <= limits.positions - limits.new_tokens:
                 too_long.append(
                     f"the prompt has {len(prompt)} tokens, and with {limits.new_tokens} new ones "

@@ -4,9 +4,9 @@
     python evaluate.py --model DIR --data FILE --samples 8 --keep-correct gold.jsonl
 
 The second writes the problems that were solved, each with its shortest right response as gold:
-a larger model's gold for a smaller one. With --explain the model is told the answer, and what it
-makes of it is its own gold, for problems that it does not solve. train.py evaluates held-out
-problems with the same code.
+a larger model's gold for a smaller one. With --explain the model is told the answer, and its way
+there becomes the gold, also for problems that it does not solve by itself. train.py evaluates
+held-out problems with the same code.
 """
 from __future__ import annotations
 
@@ -209,7 +209,7 @@ def flags() -> argparse.ArgumentParser:
         description="Sample and grade: evaluation of a model, and gold made by it.")
     add = parser.add_argument
     add("--model", required=True, help="Hugging Face model folder")
-    add("--data", required=True, help="problems: .jsonl, .json or .parquet")
+    add("--data", required=True, help="problems: .jsonl, .jsonl.gz, .json or .parquet")
     add("--samples", type=int, default=1, help="responses per problem")
     add("--temperature", type=float, default=None,
         help="0: greedy (default: 0 with one sample, else 1)")

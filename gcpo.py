@@ -20,19 +20,22 @@ sequence (as in GSPO), no KL penalty, no value network, no reward model.
 We had the paper's abstract and its authors' summaries, not its method section. They are clear on
 four points: gold only if all rollouts fail, one rollout replaced, a sequence-level ratio, no KL.
 Advantages and aggregation follow another paper's table (README, "What the paper leaves open"). The
-rest is our choice. Nearly every choice is a switch of `Algorithm`, and an algorithm of the
-literature is a setting of them. They stand at the end of this file; a glance there first spares
-jumping. What GCPO has:
+rest is our choice.
+
+Nearly every choice is a switch of `Algorithm`, and each algorithm of the literature is one setting
+of the switches. Both stand at the end of this file: look there first. GCPO's setting:
 
     gold_slot     a random wrong rollout gives way; `longest` would spare long failures their
                   negative gradient, which is a length bias
     gold_old      π_old of gold, which π_old never sampled, is the policy's own probability before
                   the batch's first update: gold's ratio starts at 1, like every other row's
     gold_shape    gold's ratio is not transformed (LUFFY's transform is there to compare)
-    gold_clip     gold's ratio may rise by 0.2: earlier updates of a batch, on other groups, often
-                  move it by more than GSPO's 4e-4, and gold would then have no gradient
-    clip_low and clip_high are GSPO's, for a sequence ratio: 3e-4 and 4e-4
-    aggregation   the loss is a mean over rows of token means, as in GSPO; scale is GRPO's
+    gold_clip     gold's ratio may rise by 0.2, and fall without limit: earlier updates of a batch,
+                  on other groups, often move it by more than GSPO's 4e-4, and gold would then have
+                  no gradient
+    clip_low      3e-4, and clip_high 4e-4: GSPO's, for a sequence ratio
+    aggregation   the loss is a mean over rows of token means, as in GSPO
+    scale         advantages are divided by the standard deviation, as in GRPO
 
 Letters: G rows of one group, N rows of any groups stacked, P prompt length, T response length.
 No function writes into a tensor that it was given.
@@ -61,9 +64,9 @@ class Group:
     lengths: Tensor    # (G,) int64, tokens of each response, its end token included
     finished: Tensor   # (G,) bool, True if the response ended by itself, not by the length limit
     logprobs: Tensor   # (G, T) fp32, the sampler's, with its rounding: a metric, never π_old
-    correct: Tensor    # (G,) bool, what gold substitution looks at; gold itself is correct too
-    rewards: Tensor    # (G,) fp32, what advantages look at
-    is_gold: Tensor    # (G,) bool, True on a row that is the reference answer
+    correct: Tensor    # (G,) bool: decides whether gold comes in; gold itself is correct too
+    rewards: Tensor    # (G,) fp32: what advantages are made of
+    is_gold: Tensor    # (G,) bool, True on the row that is gold
 
     @property
     def mask(self) -> Tensor:
@@ -159,11 +162,14 @@ def group_advantages(rewards: Tensor, scale: str = "std") -> Tensor:
 def advantages_of(group: Group, algorithm: Algorithm) -> Tensor:
     """Advantages (G,) of a group that is trained on, with gold in it if it gets any.
 
-    If all of 8 rollouts are wrong, the presets have (gold's; each wrong one's):
+    If all of 8 rollouts are wrong:
 
-                          wrong rows pushed down    wrong rows at 0
-        with a gold row   gcpo   2.474; −0.354      dyme   1; 0
-        without           ngrpo  −0.333             grpo   0                               """
+                 gold's    each wrong one's
+        gcpo      2.474        −0.354
+        dyme      1             0
+        ngrpo    no gold       −0.333
+        grpo     no gold        0
+    """
     rewards, when = group.rewards, algorithm.virtual_right
     if when == "always" or (when == "all_wrong" and not group.correct.any()):
         rewards = torch.cat([rewards, rewards.new_ones(1)])                         # (G + 1,)
@@ -235,8 +241,9 @@ def clip_range(
 ) -> tuple[Tensor, Tensor]:
     """The lowest and the highest ratio of each row, (N, 1) each.
 
-    Gold has an upper clip of its own, `gold_clip`, and **no lower clip**. (But in CISPO that acts
-    only on a negative advantage, and gold's is positive whenever it is the best of its group.)"""
+    Gold has an upper clip of its own, `gold_clip`, and **no lower clip**: that would act only on a
+    negative advantage, and gold's is positive whenever it is the best of its group. (In CISPO a
+    lower clip would act on every advantage.)"""
     gold = is_gold[:, None]
     one = torch.ones_like(gold, dtype=dtype)
     gold_high = float("inf")

@@ -71,7 +71,7 @@ LONGEST_ANSWER = 10_000    # characters; what is longer names nothing
 @dataclass(frozen=True)
 class Reward:
     """What a response earns, and from which reward on it counts as correct."""
-    function: Callable[[str, str], float] = grade    # (response, reference) -> reward
+    function: Callable[[str, str], float] = grade    # (response, a Problem's answer) -> reward
     correct_at: float = 1.0
 
     def __call__(self, response: str, reference: str) -> float:

@@ -10,7 +10,7 @@ Three rules make it fast, and exact:
 
     token_logprobs      one prompt, its responses: for tests and for your own code
     score_responses     any rows of any prompts, in one forward pass
-    encode_prompts      the prompts alone, for groups too large for one pass (see Prefix)
+    encode_prompts      the prompts alone, for the sampler, and for groups too large for one pass
 
 Letters: N rows (responses), T response length, M tokens laid end to end, B prompts, P prompt
 length, D width, H query heads, K key/value heads, d head size, V vocabulary.
@@ -209,10 +209,9 @@ class LinearLogprobs(torch.autograd.Function):
             if temperature != 1:
                 logits.div_(temperature)
             p = logits.softmax(-1)
-            # log p = logit − lse, and p is there: so the likeliest token tells lse, without
-            # another pass over the vocabulary.
-            likeliest = p.argmax(-1, keepdim=True)
-            lse = logits.gather(1, likeliest) - p.gather(1, likeliest).log()      # (chunk, 1)
+            # log p = logit − lse, and p is there: the likeliest token tells lse. (A tenth of
+            # logsumexp's time.)
+            lse = logits.amax(-1, keepdim=True) - p.amax(-1, keepdim=True).log()  # (chunk, 1)
             target = logits.gather(1, targets[chunk, None])                       # (chunk, 1)
             logprobs.append((target - lse)[:, 0])
             # Σ p · logit, as a product: without a (chunk, V) tensor of its terms

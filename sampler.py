@@ -1,17 +1,19 @@
 """Groups of rollouts from a key/value cache.
 
 The prompt of a group runs once (`prefill`); its G responses then grow together, one token at a time
-(`decode`), all reading the prompt's keys and values from one place (on a GPU, each its copy). On a
-CPU a row that ends leaves the batch at once, and waiting prompts enter as soon as there is room:
-neither finished rows nor padding go through the network. Reading back from a GPU stalls it, and so
-do new sizes. There we look for finished rows every 16 tokens only, and fill the batch up to a round
-number of rows.
+(`decode`), all reading the prompt's keys and values from one place (with FlashAttention, each its
+copy).
+
+On a CPU a row that ends leaves the batch at once, and waiting prompts enter as soon as there is
+room: neither rows that have ended nor padding go through the network. Reading back from a GPU
+stalls it, and so do new sizes. There we look for rows that have ended every 16 tokens only, and
+fill the batch up to a round number of rows.
 
 Randomness belongs to the row, not to the batch. Each prompt has a generator, seeded from (seed,
-prompt id, repeat), that gives one uniform number per row and position; a token is where the
-cumulative distribution passes that number. So what a row says depends on the seed and on
-`max_new_tokens`, but not on G or on the other rows, and there is no random state to save. (In bf16
-rounding depends on the batch: then only the statistics agree.)
+prompt id, how often that id came before), that gives one uniform number per row and position. A
+token is where the cumulative distribution passes that number. So what a row says depends on the
+seed and on `max_new_tokens`, but not on G or on the other rows, and there is no random state to
+save. (In bf16 rounding depends on the batch: then only the statistics agree.)
 
 Letters: N rows in flight, B prompts in flight, G rows of a group, P prompt length, T response
 length, D width, V vocabulary.
@@ -42,10 +44,10 @@ PREFILL_TOKENS = 4096  # prompts that enter together run together, up to so many
 # ---- From logits and a uniform number to a token -------------------------------------------------
 
 def inverse_cdf(weights: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    """weights (N, any) float64, not negative; u (N,) in [0, 1) -> index (N,) and rest (N,).
+    """weights (N, any) float64, not negative; u (N,) in [0, 1] -> index (N,) and rest (N,).
 
-    The index is where the cumulative sum passes u of its total; `rest`, again in [0, 1], is where u
-    fell inside that interval. An index of weight 0 is never drawn."""
+    The index is where the cumulative sum passes u of its total; `rest`, in [0, 1] as well, is
+    where u fell inside that interval. An index of weight 0 is never drawn."""
     cdf = weights.cumsum(-1)
     total = cdf[:, -1:]
     target = u[:, None] * total
@@ -107,7 +109,7 @@ class Sampling:
     temperature: float = 1.0    # 0: greedy
     top_p: float = 1.0
     top_k: int = 0
-    prompt_ids: list | None = None    # names of the prompts' random streams; None: 0, 1, 2, …
+    prompt_ids: list | None = None    # for the prompts' random streams; None: 0, 1, 2, …
     max_rows: int | None = None       # most rows in flight; a group stays whole. None: what fits
     progress: object = None           # progress(tokens) is called as a row ends
 
@@ -140,8 +142,8 @@ class Size(NamedTuple):
 class Batch:
     """Rows that are being sampled.
 
-    row     a response that is being sampled: 0 … N − 1, compact; the last takes a leaver's number
-    seat    a prompt in flight, 0 … B − 1, compact likewise; its keys and values are stored by seat
+    row     a response that is being sampled, 0 … N − 1: when one leaves, the last takes its number
+    seat    a prompt in flight, 0 … B − 1, likewise; its keys and values are stored by seat
     place   a row's number in its group, 0 … G − 1
     cell    seat · G + place: leads from a row to its prompt
 
@@ -152,9 +154,9 @@ class Batch:
                                                              row 3   cell 1
         (– : a row that has ended)                           row 4   cell 4
 
-    Seats and cells serve one end: a prompt's keys are stored once and read for all its rows in one
-    product (support/caches.py, which you may take on trust). Decoding works on fixed tensors, which
-    a GPU can replay; what the host must know is in lists."""
+    Seats and cells serve one end: without FlashAttention a prompt's keys are stored once, and read
+    for all its rows in one product (support/caches.py, which you may take on trust). Decoding works
+    on fixed tensors, which a GPU can replay; what the host must know is in lists."""
     def __init__(self, model: Transformer, size: Size, sampling: Sampling):
         device = model.device
         self.model = model
@@ -179,8 +181,8 @@ class Batch:
         rows, T = size.rows, size.response
         self.prompt_length = zeros(size.seats + 1)    # one more, for rows that are not alive
         self.cell = zeros(rows) + size.seats * size.group
-        self.length = zeros(rows)                     # tokens so far
-        self.ended = zeros(rows, dtype=torch.bool)
+        self.length = zeros(rows)    # tokens so far
+        self.finished = zeros(rows, dtype=torch.bool)    # by a stop token
         self.tokens = zeros(rows, T)
         self.logprobs = zeros(rows, T, dtype=torch.float32)
         self.uniforms = zeros(rows, T, dtype=torch.float64)
@@ -208,16 +210,16 @@ class Batch:
             self.caches.make_room(max(self.seat_lengths), response)
 
     def add_token(self, logits: Tensor, rows: slice) -> None:
-        """Choose the next token of some rows from their logits (N, V)."""
+        """Choose the next token of some rows, n of them, from their logits (n, V)."""
         s = self.sampling
-        at = self.length[rows]                                               # (N,)
-        index = torch.arange(rows.start, rows.stop, device=self.device)      # (N,)
+        at = self.length[rows]                                               # (n,)
+        index = torch.arange(rows.start, rows.stop, device=self.device)      # (n,)
         token, logprob = choose_token(
             logits, self.uniforms[index, at], s.temperature, s.top_p, s.top_k)
         self.tokens[index, at] = token
         self.logprobs[index, at] = logprob
         self.length[rows] += 1
-        self.ended[rows] |= (token[:, None] == self.stop_ids).any(1)
+        self.finished[rows] |= (token[:, None] == self.stop_ids).any(1)
 
     def prefill(self, entering: list[int], prompts: list[Tensor], uniforms: Tensor) -> None:
         """Seat prompts that wait: run each (P,) once, and give its G rows their first token.
@@ -237,9 +239,9 @@ class Batch:
         self.prompt_length[seats] = prefix.lengths
         self.cell[rows] = torch.arange(seats.start * G, seats.stop * G, device=self.device)
         self.length[rows] = 0
-        self.ended[rows] = False
+        self.finished[rows] = False
         self.uniforms[rows] = uniforms.to(self.device)
-        logits = self.model.logits(prefix.last)                              # (B, V)
+        logits = self.model.logits(prefix.last)          # (prompts that enter, V)
         self.add_token(logits.repeat_interleave(G, dim=0), rows)
 
     def decode(self, count: int) -> None:
@@ -269,7 +271,8 @@ class Batch:
         self.add_token(self.model.logits(hidden[:, 0]), slice(0, N))
 
     def leave(self, rows: list[int]) -> None:
-        """Take rows out. The last ones alive move to their numbers; empty seats are given up."""
+        """Take rows out. The last rows alive fill the holes, so that numbers stay 0 … N − 1, and a
+        prompt without rows gives up its seat."""
         for cell in self.cell[rows].tolist():
             self.alive_in[cell // self.size.group] -= 1
         gone = set(rows)
@@ -281,8 +284,9 @@ class Batch:
             to = torch.tensor(holes, device=self.device)
             source = torch.tensor(movers, device=self.device)
             self.caches.move_rows(to, source)
-            for column in (self.cell, self.length, self.ended, self.tokens, self.logprobs,
-                           self.uniforms):
+            columns = (self.cell, self.length, self.finished, self.tokens, self.logprobs,
+                       self.uniforms)
+            for column in columns:
                 column[to] = column[source]
             for hole, mover in zip(holes, movers):
                 self.rows[hole] = self.rows[mover]
@@ -309,7 +313,8 @@ class Batch:
 # ---- Sampling ------------------------------------------------------------------------------------
 
 def prompt_generator(seed, prompt_id: int, repeat: int) -> torch.Generator:
-    """The random stream of one prompt; `seed` is a number, or several: (seed, step)."""
+    """The random stream of one prompt; `seed` is a number, or several: (seed, step). repeat: how
+    often this prompt id came before."""
     seeds = seed if isinstance(seed, (tuple, list)) else (seed,)
     # The 1 at the end, because numpy takes (0, 1) and (0, 1, 0) for the same; >> 1 for int64.
     sequence = np.random.SeedSequence([*seeds, prompt_id, repeat, 1])
@@ -360,35 +365,36 @@ def run_to_the_end(
     """The loop of `sample`: for each prompt its G responses."""
     longest = max(len(p) for p in prompts)
     most = sampling.max_rows or rows_that_fit(model, G, longest, T)
-    rows = min(len(prompts), max(1, most // G)) * G
-    seats = min(len(prompts), 2 * rows // G)    # a prompt keeps its seat until its last row ends
-    batch = Batch(model, Size(rows, seats, G, longest, T), sampling)
+    most_rows = min(len(prompts), max(1, most // G)) * G
+    # A prompt keeps its seat until its last row ends.
+    seats = min(len(prompts), 2 * most_rows // G)
+    batch = Batch(model, Size(most_rows, seats, G, longest, T), sampling)
     check_every = 1 if batch.device.type == "cpu" else 16
     responses = [[None] * G for _ in prompts]
     waiting = deque(range(len(prompts)))
-    seen = Counter()                            # how often a prompt id has entered
+    seen = Counter()    # how often a prompt id has entered
 
     while batch.rows or waiting:
-        while waiting and len(batch.rows) + G <= rows and len(batch.alive_in) < seats:
-            room = min((rows - len(batch.rows)) // G, seats - len(batch.alive_in))
+        while waiting and len(batch.rows) + G <= most_rows and len(batch.alive_in) < seats:
+            room = min((most_rows - len(batch.rows)) // G, seats - len(batch.alive_in))
             entering = next_prompts(waiting, prompts, room)
             uniforms = []
             for i in entering:
-                name = sampling.prompt_ids[i]
-                stream = prompt_generator(sampling.seed, name, seen[name])
-                seen[name] += 1
+                prompt_id = sampling.prompt_ids[i]
+                stream = prompt_generator(sampling.seed, prompt_id, seen[prompt_id])
+                seen[prompt_id] += 1
                 uniforms.append(torch.rand(G, T, generator=stream, dtype=torch.float64))
             batch.prefill(entering, [prompts[i] for i in entering], torch.cat(uniforms))
 
-        ended = batch.ended[:len(batch.rows)].tolist()
-        leaving = [row for row in range(len(ended)) if ended[row] or batch.count(row) == T]
+        finished = batch.finished[:len(batch.rows)].tolist()
+        leaving = [row for row in range(len(finished)) if finished[row] or batch.count(row) == T]
         for row in leaving:
             response = read_response(batch, row)
             responses[batch.rows[row].prompt][batch.rows[row].place] = response
             if sampling.progress:
                 sampling.progress(len(response.tokens))
         if leaving:
-            batch.leave(leaving)                # and a waiting prompt may enter now
+            batch.leave(leaving)    # and a waiting prompt may enter now
         else:
             batch.decode(min(check_every, T - batch.longest))
     return responses

@@ -24,9 +24,9 @@ from support import parallel
 from support.checkpoint import State
 from support.common import InputError, exit_cleanly, refuse_unwritable
 from support.cpu import keep_freed_memory
-from support.options import parse_flags, place_run, set_up_process
+from support.options import parse_flags, place_run, set_up_process, sft_stage
 from support.page import arithmetic, as_text, page_of_run, page_row, write_page
-from train import Item, Run, collect, learn, load_run, score
+from train import Item, Run, collect, learn, load_run, score, stage_of
 
 
 def main():
@@ -40,7 +40,7 @@ def main():
                              "other flags")
         print(f"{page_of_run(argv[0], page)} groups of {argv[0]} in {page}")
         return
-    config, algorithm, _ = parse_flags(argv)
+    config, algorithm, given = parse_flags(argv)
     if config.out or config.resume:
         raise InputError("show.py saves nothing; leave out --out and --resume")
     device = set_up_process(config)
@@ -49,6 +49,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:    # for the toy's files
         config = replace(config, out=os.path.join(folder, "run"), prompts=1, updates=1)
         run = load_run(place_run(config, algorithm), algorithm, device)
+    run.sft = sft_stage(algorithm, given)
     show(run, page)
 
 
@@ -67,6 +68,7 @@ def take_page(argv: list[str]) -> tuple[str | None, list[str]]:
 
 def show(run: Run, page: str | None = None) -> None:
     """Print one group, take one step on it, and print what that did. page: a file to show it in."""
+    run = stage_of(run, 0)    # SFT, with --sft-share
     run.problems = [p for p in run.problems if p.gold_ids is not None] or run.problems
     items = collect(run, 0, State())[1]
     if not items:

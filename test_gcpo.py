@@ -1,8 +1,8 @@
 """What gcpo.py promises, meant to be read.
 
 Each promise is held against numbers of others, a published formula, or the plain way of computing
-it. Most name the bug they forbid, which was found in published code (docs/bugs.md). The heavy
-tests (transformers' logits, samplers, broken files, whole runs) are in tests/.
+it. Most name a bug that they forbid; those of published code are in docs/bugs.md. The heavy tests
+(transformers' logits, samplers, broken files, whole runs) are in tests/.
 
     python -m pytest                 all of them
     python -m pytest test_gcpo.py    these
@@ -42,8 +42,8 @@ GOLD_FIRST = torch.tensor([True, False])
 
 def loss_and_sums(algorithm, new=NEW, old=OLD, advantages=ADVANTAGES, mask=MASK, **context):
     """The loss that train.py would choose for this algorithm."""
-    loss_of = pair_loss if algorithm.objective == "pairs" else policy_loss
-    return loss_of(new, old, advantages, mask, algorithm, **{**TOTALS, **context})
+    function = pair_loss if algorithm.objective == "pairs" else policy_loss
+    return function(new, old, advantages, mask, algorithm, **{**TOTALS, **context})
 
 
 def loss_of(algorithm, *args, **more):
@@ -267,11 +267,11 @@ def test_scale_mean_is_maxrls(right):
         group_advantages(2 * rewards - 1, "mean")
 
 
-# ---- The square: what gold and negatives do if all rollouts are wrong ----------------------------
+# ---- Gold or none, wrong rows pushed down or not: the table in gcpo.advantages_of ----------------
 
-def group_of(right, size=8, **switches):
-    """A group with `right` right rollouts, with what gcpo.py does before the loss, and its
-    advantages. Gold takes the first wrong row."""
+def advantages_with(right, size=8, **switches):
+    """The advantages of a group whose last `right` rollouts are right, after gold substitution.
+    Gold takes the first wrong row."""
     correct = torch.arange(size) >= size - right
     group = Group(
         prompt=torch.tensor([1]), responses=torch.ones(size, 3, dtype=torch.long),
@@ -283,7 +283,7 @@ def group_of(right, size=8, **switches):
     return advantages_of(group, algorithm).tolist()
 
 
-SQUARE = [  # what is set, gold's or the first row's advantage, and each other row's
+CORNERS = [  # what is set, gold's or the first row's advantage, and each other row's
     (dict(), 2.474, -0.354),                                                # GCPO
     (dict(gold_rivals="zero"), 2.474, 0),
     (dict(gold_rivals="zero", gold_advantage="one"), 1, 0),                 # DyME
@@ -293,18 +293,18 @@ SQUARE = [  # what is set, gold's or the first row's advantage, and each other r
     (dict(gold_weight=0.0), 0, -0.354)]
 
 
-@pytest.mark.parametrize("switches, gold, rival", SQUARE)
-def test_corners_of_the_square(switches, gold, rival):
+@pytest.mark.parametrize("switches, gold, rival", CORNERS)
+def test_corners_of_gold_and_negatives(switches, gold, rival):
     """With G = 8, all wrong, each switch changes the row it names and no other: negatives go
     without gold's advantage changing, and gold is weighed without theirs changing. (Bug: a
     comparison of "no negatives" that also changes how much gold weighs.)"""
-    advantages = group_of(0, **switches)
+    advantages = advantages_with(0, **switches)
     assert advantages == pytest.approx([gold] + [rival] * 7, abs=2e-3)
-    corner = group_of(0)
+    gcpo = advantages_with(0)
     if "gold_weight" in switches:
-        assert advantages[1:] == corner[1:]
+        assert advantages[1:] == gcpo[1:]
     if switches == dict(gold_rivals="zero"):
-        assert advantages[0] == corner[0]
+        assert advantages[0] == gcpo[0]
 
 
 @pytest.mark.parametrize("name, right, expected", [
@@ -320,7 +320,7 @@ def test_presets_advantages_are_their_authors(name, right, expected):
     algorithm = ALGORITHMS[name]
     switches = {n: getattr(algorithm, n) for n in (
         "gold_when", "gold_rivals", "gold_advantage", "gold_weight", "virtual_right", "scale")}
-    advantages = group_of(right, **switches)
+    advantages = advantages_with(right, **switches)
     assert len(advantages) == 8
     found = sorted({round(a, 3) for a in advantages}, reverse=True)
     assert found == pytest.approx(expected, abs=1e-3)
@@ -331,12 +331,12 @@ def test_the_squares_switches_leave_other_groups_alone():
     on gold; virtual_right=all_wrong in those without a right response. (Bug: a switch that
     reaches mixed groups, or the right rollouts beside gold.)"""
     of_gold = dict(gold_rivals="zero", gold_advantage="one", gold_weight=3.0)
-    assert group_of(2, **of_gold) == group_of(2)
-    assert group_of(0, virtual_right="all_wrong") == group_of(0)    # gold is right
-    assert group_of(2, virtual_right="all_wrong") == group_of(2)
-    assert group_of(2, virtual_right="always") != group_of(2)
-    plain = group_of(2, gold_when="always")
-    changed = group_of(2, gold_when="always", **of_gold)
+    assert advantages_with(2, **of_gold) == advantages_with(2)
+    assert advantages_with(0, virtual_right="all_wrong") == advantages_with(0)    # gold is right
+    assert advantages_with(2, virtual_right="all_wrong") == advantages_with(2)
+    assert advantages_with(2, virtual_right="always") != advantages_with(2)
+    plain = advantages_with(2, gold_when="always")
+    changed = advantages_with(2, gold_when="always", **of_gold)
     assert changed == [3.0] + [0.0] * 5 + plain[6:]
 
 
@@ -626,8 +626,8 @@ def test_substitution_makes_a_whole_row_and_a_new_group(gold):
 
 @pytest.mark.parametrize("size", [4, 8, 16])
 def test_lone_gold_weighs_as_much_as_all_failures(size):
-    """At ratio 1 a long gold pulls as hard as the short wrong rows together. (Bug: a weight that
-    length distorts: a mean over tokens in place of rows shows.)"""
+    """At ratio 1 a long gold pulls as hard as the short wrong rows together. (Bug: a weight
+    that depends on length. A mean over tokens has it, as the last line shows.)"""
     advantages = group_advantages(torch.tensor([1.0] + [0.0] * (size - 1)))
     logprobs = torch.full((size, 6), -1.0)
     mask = torch.arange(6) < torch.tensor([[6]] + [[2]] * (size - 1))

@@ -42,7 +42,7 @@ from logprobs import encode_prompts, score_responses
 from model import Transformer, load_model, read_config
 from sampler import prompt_generator, sample
 from support import parallel, runlog
-from support.batches import count_passes, micro_batches, row_batches, stack_rows
+from support.batches import count_passes, micro_batches, split_into_passes, stack_rows
 from support.checkpoint import State
 from support.common import InputError, exit_cleanly, outlive_readers, pick_dtype
 from support.cpu import keep_freed_memory
@@ -77,7 +77,8 @@ class Run:
     def scoring_temperature(self) -> float:
         """What divides the logits of what is trained on. Rollouts are scored as they were sampled,
         and so is gold beside them. SFT and RFT maximize a plain likelihood, at 1: gold learned at
-        0.6 would make the model less sure, until sampling at 0.6 is what sampling at 1 was."""
+        0.6 would make the model less sure, and sampling at 0.6 then gives what sampling at 1 gave
+        before."""
         return self.config.temperature if self.algorithm.train_on == "rollouts" else 1.0
 
 
@@ -88,7 +89,7 @@ class Item:
     problem: Problem
     group: Group
     advantages: torch.Tensor                    # (G,)
-    old_logprobs: torch.Tensor | None = None    # (G, T); None: the policy's own, so the ratio is 1
+    old_logprobs: torch.Tensor | None = None    # (G, T); None: `backward` takes them
     ref_logprobs: torch.Tensor | None = None    # (G, T), the reference model's, if there is one
 
     @property
@@ -206,28 +207,30 @@ def collect(run: Run, step: int, state: State) -> tuple[list[Group], list[Item]]
     """This process's part of the step: groups as they were sampled, and items to train on.
 
     Items have gold put in. An item whose advantages are 0 is not learned from, but counts in the
-    totals. With dynamic sampling (DAPO, arXiv 2503.14476, eq. 11) groups all right or all wrong are
-    replaced by those of further problems, in `max_tries` rounds at most; if some are still missing,
-    the latest of them fill up, with advantages 0. (All wrong may stay where a virtual reward gives
-    it contrast, as in NGRPO.) SFT samples nothing; there a problem without gold makes no item, and
-    in RFT one without a right response."""
+    totals. SFT samples nothing, and a problem without gold makes no item. In RFT a problem without
+    a right response makes none.
+
+    Dynamic sampling (DAPO, arXiv 2503.14476, eq. 11) sets aside groups all right or all wrong, and
+    samples further problems in their place, in `max_tries` rounds at most. If some are missing
+    still, the latest of those set aside fill up, with advantages 0. (A virtual reward, as NGRPO's,
+    gives contrast to groups all wrong: they stay.)"""
     config = run.config
     if run.algorithm.train_on == "gold":
-        numbers = next_problems(config.prompts, len(run.problems), state, config.seed)
-        chosen = parallel.my_part([(i, run.problems[n]) for i, n in enumerate(numbers)])
+        indices = next_problems(config.prompts, len(run.problems), state, config.seed)
+        chosen = parallel.my_part([(i, run.problems[n]) for i, n in enumerate(indices)])
         return [], [Item(i, p, gold_group(p.prompt, p.gold_ids), torch.ones(1))
                     for i, p in chosen if p.gold_ids is not None]
 
     dynamic = run.algorithm.resample == "dynamic"
-    no_contrast = {0, config.group_size}    # numbers of right responses
+    no_contrast = {0, config.group_size}    # how many responses are right
     if run.algorithm.virtual_right != "never":
         no_contrast = {config.group_size}
     rollouts, kept, spare = [], [], []
     tried = filled = 0
     for _ in range(run.algorithm.max_tries if dynamic else 1):
-        numbers = next_problems(config.prompts - filled, len(run.problems), state, config.seed)
-        groups, items = sample_and_grade(run, step, numbers, tried, state)
-        tried += len(numbers)
+        indices = next_problems(config.prompts - filled, len(run.problems), state, config.seed)
+        groups, items = sample_and_grade(run, step, indices, tried, state)
+        tried += len(indices)
         rollouts += groups
         for item in items:
             right = int(item.group.correct.sum())    # gold among them
@@ -246,8 +249,8 @@ def collect(run: Run, step: int, state: State) -> tuple[list[Group], list[Item]]
 
 
 def next_problems(count: int, size: int, state: State, seed: int) -> list[int]:
-    """The next `count` of `size` problems: each epoch in a new order, with nothing left out at its
-    end. Moves the state on.
+    """Indices of the next `count` of `size` problems: each epoch in a new order, with nothing left
+    out at its end. Moves the state on.
 
     With history resampling (SRPO) an epoch leaves out the problems that were solved before it
     began. If every problem is solved, none is left out."""
@@ -269,11 +272,11 @@ def next_problems(count: int, size: int, state: State, seed: int) -> list[int]:
     return chosen
 
 
-def sample_and_grade(run: Run, step: int, numbers: list[int], first: int, state: State):
-    """Groups of some problems, as sampled and graded, and the item made of each. `numbers` are the
+def sample_and_grade(run: Run, step: int, indices: list[int], first: int, state: State):
+    """Groups of some problems, as sampled and graded, and the item made of each. `indices` are the
     problems', for all processes; their positions in the step begin at `first`."""
     config, algorithm = run.config, run.algorithm
-    mine = parallel.my_part([(first + i, n, run.problems[n]) for i, n in enumerate(numbers)])
+    mine = parallel.my_part([(first + i, n, run.problems[n]) for i, n in enumerate(indices)])
     # A random stream for each position, not each problem, which may come twice in a step.
     sampled = sample(
         run.policy, [p.prompt for *_, p in mine], config.group_size, config.max_new_tokens,
@@ -281,7 +284,7 @@ def sample_and_grade(run: Run, step: int, numbers: list[int], first: int, state:
         prompt_ids=[position for position, *_ in mine], max_rows=config.rows or None)
 
     groups, items, outcomes = [], [], []
-    for group, (position, number, p) in zip(sampled, mine):
+    for group, (position, index, p) in zip(sampled, mine):
         group = grade_group(group, p, run.tokenizer, run.reward)
         penalty = overlong_penalty(group.lengths, config.max_new_tokens, algorithm.overlong)
         group = replace(group, rewards=group.rewards + penalty)
@@ -289,7 +292,7 @@ def sample_and_grade(run: Run, step: int, numbers: list[int], first: int, state:
             raise InputError(f"--scale mean: the reward gave {group.rewards.min():g}, and it "
                              "divides by the mean reward; rewards must be 0 or more")
         groups.append(group)
-        outcomes.append((number, bool(group.correct.all())))
+        outcomes.append((index, bool(group.correct.all())))
         if p.gold_ids is not None:
             # A third number in the seed: another stream than the sampler's
             generator = prompt_generator((config.seed, step, 1), position, 0)
@@ -319,9 +322,9 @@ def renumber(kept: list[Item], spare: list[Item], count: int) -> list[Item]:
     positions = lambda items: sum(parallel.all_gather([i.position for i in items]), [])
     order = sorted(positions(kept))
     order += sorted(positions(spare), reverse=True)[:count - len(order)]
-    number = {position: i for i, position in enumerate(order)}
-    return [replace(item, position=number[item.position])
-            for item in [*kept, *spare] if item.position in number]
+    renumbered = {position: i for i, position in enumerate(order)}
+    return [replace(item, position=renumbered[item.position])
+            for item in [*kept, *spare] if item.position in renumbered]
 
 
 # ---- The updates of a step -----------------------------------------------------------------------
@@ -338,7 +341,7 @@ def learn(run: Run, items: list[Item]) -> Learned:
     for item in items:
         minibatches[item.position * config.updates // config.prompts].append(item)
     if run.algorithm.train_on == "rollouts":
-        later = [i for batch in minibatches[1:] for i in batch if i.has_contrast]
+        later = [i for part in minibatches[1:] for i in part if i.has_contrast]
         for item, logprobs in zip(later, score(run, run.policy, later)):
             item.old_logprobs = logprobs
     if run.algorithm.needs_reference:
@@ -347,12 +350,12 @@ def learn(run: Run, items: list[Item]) -> Learned:
             item.ref_logprobs = logprobs
 
     learned = Learned(Counter(), [], None)
-    for batch in minibatches:
-        sums, norm = update(run, batch)
+    for minibatch in minibatches:
+        sums, norm = update(run, minibatch)
         learned.sums.update(sums)    # a Counter's update adds
         learned.norms.append(norm)
         if runlog.is_bad(norm) and learned.suspect is None:
-            learned.suspect = next((i for i in batch if i.has_contrast), None)
+            learned.suspect = next((i for i in minibatch if i.has_contrast), None)
     return learned
 
 
@@ -361,17 +364,17 @@ def score(run: Run, model: Transformer, items: list[Item]) -> list[torch.Tensor]
     """Logprobs (G, T) of each group's responses under a model, on the CPU, without gradient."""
     rows_per_pass = run.config.rows_per_pass
     scores = []
-    for batch in micro_batches(items, rows_per_pass):
-        prompts = [i.group.prompt for i in batch]
-        parts = row_batches(batch, rows_per_pass, model.device)
-        if len(parts) > 1:
+    for part in micro_batches(items, rows_per_pass):
+        prompts = [i.group.prompt for i in part]
+        passes = split_into_passes(part, rows_per_pass, model.device)
+        if len(passes) > 1:
             prompts = encode_prompts(model, prompts)
         logprobs = stack_rows([
             score_responses(model, prompts, rows.prompt_of, rows.responses, rows.lengths,
                             run.scoring_temperature)[0].cpu()
-            for rows in parts])
-        # The batch may be wider or narrower than a group: back to the group's own T.
-        for item, x in zip(batch, logprobs.split([len(i.group.lengths) for i in batch])):
+            for rows in passes])
+        # A pass may be wider or narrower than a group: back to the group's own T.
+        for item, x in zip(part, logprobs.split([len(i.group.lengths) for i in part])):
             T = item.group.responses.shape[1]
             scores.append(torch.nn.functional.pad(x, (0, max(0, T - x.shape[1])))[:, :T])
     return scores
@@ -393,10 +396,10 @@ def update(run: Run, items: list[Item]) -> tuple[Counter, float | None]:
     sums = Counter()
     if total_live == 0:
         return sums, None
-    batches = micro_batches(live, config.rows_per_pass)
-    idle = parallel.idle_passes(run.master, count_passes(batches, config.rows_per_pass))
-    for batch in batches:
-        sums.update(backward(run, batch, total_rows, total_tokens))
+    parts = micro_batches(live, config.rows_per_pass)
+    idle = parallel.idle_passes(run.master, count_passes(parts, config.rows_per_pass))
+    for part in parts:
+        sums.update(backward(run, part, total_rows, total_tokens))
     values = torch.stack(list(sums.values())).tolist() if sums else []    # one look at the device
     sums = Counter(dict(zip(sums, values)))
     parallel.finish_backward(run.master, idle)
@@ -421,7 +424,7 @@ def backward(run: Run, items: list[Item], total_rows: int, total_tokens: int) ->
     sharded = parallel.is_sharded(run.master)
     model = run.master if sharded else run.policy    # if sharded, FSDP needs the passes itself
     loss_of = pair_loss if algorithm.objective == "pairs" else policy_loss
-    passes = row_batches(items, config.rows_per_pass, model.device)
+    passes = split_into_passes(items, config.rows_per_pass, model.device)
     if algorithm.objective == "pairs" and (len(items), len(passes)) != (1, 1):
         raise ValueError("backward: a pair's loss needs both its rows, and no other group's: "
                          "rows_per_pass must be the group size")

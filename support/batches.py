@@ -25,19 +25,20 @@ class Rows(NamedTuple):
 
 
 def micro_batches(items: list, rows_per_pass: int) -> list[list]:
-    """Whole groups for one pass: as many as `rows_per_pass` rows hold, and at least one."""
+    """Groups that go through the network together: as many as `rows_per_pass` rows hold, or one
+    that needs several passes."""
     group_size = max((len(i.group.lengths) for i in items), default=1)
     size = max(1, rows_per_pass // group_size)
     return [items[i:i + size] for i in range(0, len(items), size)]
 
 
 def count_passes(batches: list[list], rows_per_pass: int) -> int:
-    """How many passes `row_batches` will make of these micro-batches."""
+    """How many passes `split_into_passes` will make of these micro-batches."""
     rows = [sum(len(i.group.lengths) for i in batch) for batch in batches]
     return sum(-(-n // rows_per_pass) for n in rows)
 
 
-def row_batches(items: list, rows_per_pass: int, device: torch.device) -> list[Rows]:
+def split_into_passes(items: list, rows_per_pass: int, device: torch.device) -> list[Rows]:
     """The rows of some groups, `rows_per_pass` at a time."""
     groups = [i.group for i in items]
     sizes = torch.tensor([len(g.lengths) for g in groups])
@@ -57,7 +58,7 @@ def row_batches(items: list, rows_per_pass: int, device: torch.device) -> list[R
         old_logprobs=old_logprobs,
         ref_logprobs=ref_logprobs)
 
-    batches = []
+    passes = []
     for part in torch.arange(len(rows.lengths)).split(rows_per_pass):
         T = int(rows.lengths[part].max())
         columns = []
@@ -66,8 +67,8 @@ def row_batches(items: list, rows_per_pass: int, device: torch.device) -> list[R
                 x = x[part] if x.dim() == 1 else x[part, :T]
                 x = x.to(device)
             columns.append(x)
-        batches.append(Rows(*columns))
-    return batches
+        passes.append(Rows(*columns))
+    return passes
 
 
 def stack_rows(xs: list[Tensor]) -> Tensor:

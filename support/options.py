@@ -31,7 +31,7 @@ class Config:
     """The settings of a run. The switches of gcpo.Algorithm are flags as well."""
     # What to train on
     model: str = switch(None, "Hugging Face model folder (without --model and --data: the toy)")
-    data: str = switch(None, "training problems: .jsonl, .json or .parquet")
+    data: str = switch(None, "training problems: .jsonl, .jsonl.gz, .json or .parquet")
     eval_data: str = switch(None, "held-out problems, evaluated before and after training and "
                                   "every --eval-every steps")
     answer_format: str = switch("hash", "what instruction and gold use: #### or \\boxed{}",

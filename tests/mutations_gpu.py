@@ -38,8 +38,8 @@ BUGS = [
         "        at = self.length[:N] - 1\n",
         "        at = self.length[:N] - (1 if self.length.min().item() >= 0 else 0)\n"),
     Bug("an index by mask in a step", "sampler.py",
-        "self.ended[rows] |= (token[:, None] == self.stop_ids).any(1)",
-        "self.ended[index[(token[:, None] == self.stop_ids).any(1)]] = True"),
+        "self.finished[rows] |= (token[:, None] == self.stop_ids).any(1)",
+        "self.finished[index[(token[:, None] == self.stop_ids).any(1)]] = True"),
     Bug("a tensor made from a list of the host in a step", "sampler.py",
         "prompt_length = self.prompt_length[cell // self.size.group] ",
         "prompt_length = torch.tensor(self.seat_lengths + [0] * 99, device=self.device)"

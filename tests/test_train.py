@@ -876,6 +876,18 @@ def test_the_show_flag_runs_show(tmp_path, monkeypatch, capsys):
     assert os.listdir(tmp_path) == []
 
 
+def test_show_takes_the_first_step_of_the_run(tmp_path, monkeypatch, capsys):
+    """With SFT for a share of the steps, what is shown is SFT's step, as train.py would take it: a
+    group of gold alone. (Bug: --sft-share ignored, and a step shown that is not the run's first.)"""
+    monkeypatch.chdir(tmp_path)
+    tables = {}
+    for algo in ("sft_gcpo", "sft", "gcpo"):
+        call(show.main, "show.py", "--algo", algo)
+        lines = capsys.readouterr().out.splitlines()
+        tables[algo] = lines[next(i for i, x in enumerate(lines) if "advantage" in x):]
+    assert tables["sft_gcpo"] == tables["sft"] != tables["gcpo"]
+
+
 @pytest.mark.parametrize("program, main", [("show.py", show.main), ("train.py --show", train.main)])
 @pytest.mark.parametrize("flags", [["--out", "run"], ["--resume"]])
 def test_show_refuses_to_save(tmp_path, monkeypatch, program, main, flags):
