@@ -20,7 +20,8 @@ from torch import Tensor
 
 from gcpo import Group
 from grader import (
-    CALCULATOR, GRADERS, Reward, doubt, extract_answer, grade, is_empty, last_boxed, same)
+    CALCULATOR, GRADERS, Reward, doubt, extract_answer, grade, is_empty, last_boxed, names_nothing,
+    same)
 from support.chat import find_template, read_template_args, render, turn_end
 from support.common import InputError, one_line, read_records
 from support.folders import end_tokens, read_backend, read_optional, special_tokens
@@ -151,7 +152,8 @@ def names_another(solution: str, answer: str) -> bool:
         named = extract_answer(solution.rpartition("\n")[2])
         if named is None or "=" in named:    # a sum with units is beyond the grader
             return False
-    return not same(named, answer)
+    names_text = re.fullmatch("[A-Z]", answer) and not re.match(r"\W*(?:text\w*\W*)?[A-Z]\b", named)
+    return not names_text and not same(named, answer)    # of a choice the text, not the letter
 
 
 # ---- Prompts and responses as token ids ----------------------------------------------------------
@@ -318,7 +320,8 @@ def prepare(
     InputError if nothing is left, and for a prompt with tokens beyond the model's vocabulary."""
     notes = notes or Notes()
     kept = []
-    too_long = []
+    left_out = []    # why
+    our_reward = reward.function in GRADERS.values()
     # A question may stand there a hundred times; its prompt is made once.
     key = lambda p: (id(p.question), p.hint)
     prompts = {}    # by key: the prompt, and what it has opened
@@ -335,16 +338,20 @@ def prepare(
             refuse_without_question(text, problem, tokenizer)
             prompts[key(problem)] = prompt, opened_by(problem.question, text)
         for problem in part:
-            if key(problem) in refused:
-                notes.add("left_out", problem.source, str(refused[key(problem)]))
+            unusable = str(refused.get(key(problem), ""))
+            if our_reward and names_nothing(problem.answer):
+                unusable = f"its answer is {problem.answer!r}, and that is none"
+            if unusable:
+                left_out.append(unusable)
+                notes.add("left_out", problem.source, unusable)
                 continue
             prompt, opened = prompts[key(problem)]
             if not 1 <= len(prompt) <= limits.positions - limits.new_tokens:
-                too_long.append(
+                left_out.append(
                     f"the prompt has {len(prompt)} tokens, and with {limits.new_tokens} new ones "
                     f"it does not fit the model's {limits.positions} positions; lower "
                     "--max-new-tokens or leave the problem out")
-                notes.add("too_long", problem.source, too_long[-1])
+                notes.add("too_long", problem.source, left_out[-1])
                 continue
             check_vocabulary(prompt, tokenizer, limits)
             problem.prompt = prompt
@@ -352,15 +359,14 @@ def prepare(
             problem.gold_ids = None
             if problem.gold is not None:
                 prepare_gold(problem, tokenizer, limits, reward, notes)
-            doubtful = doubt(problem.answer) if reward.function in GRADERS.values() else None
-            if doubtful:
+            doubtful = doubt(problem.answer)
+            if our_reward and doubtful:
                 notes.add("doubtful", problem.source, doubtful)
             kept.append(problem)
     if refused and not prompts:
         raise next(iter(refused.values()))
     if problems and not kept:
-        why = too_long[0] if too_long else "the chat template cannot be used for it"
-        raise InputError(f"{problems[0].source}: {why}; no problem is left")
+        raise InputError(f"{problems[0].source}: {left_out[0]}; no problem is left")
     return kept
 
 

@@ -28,7 +28,7 @@ response is compared with the reference by these rules, and by nothing else. Eac
         18: #### 9 + 9 = 18                     not #### 18 = 19
 10. A lone name or f(x) before an equals sign may be left out, and not replaced by another.
         x=7: \boxed{7}                          not \boxed{y=7}
-11. Any other equation, inequality or expression is compared as a whole, as text.
+11. Any other equation, inequality or expression is compared as a whole, as text in one spelling.
         x+y=0: \boxed{x + y = 0}                not \boxed{0}
 12. Lists are compared item by item: in order, except for sets and for solutions joined by "or".
         n=5 or n=7: \boxed{7, 5}                not \boxed{5}
@@ -36,6 +36,8 @@ response is compared with the reference by these rules, and by nothing else. Eac
         [0,1): \boxed{x \in [0, 1)}             not \boxed{(0,1)}
 14. The letter of a choice may be followed by its text.
         B: \boxed{\text{(B)}\ 15}               not \boxed{(A) or (B)}
+15. A percent sign may follow the number; but if the reference is below 1, it means hundredths.
+        3/4: #### 75%                           not #### 0.75%
 
     grade(response, reference) -> 1.0 or 0.0
 """
@@ -86,8 +88,9 @@ SCRATCH_PAD = re.compile(
 TAG = re.compile(r"<(/?)answer>", re.IGNORECASE)
 PHRASE = re.compile(r"answer(?:\s*\*\*)?\s*(?:is\b|:)", re.IGNORECASE)
 ANSWER_HEADING = re.compile(r"[\s*:]*(?:the )?(?:final )?answer[\s*:]*", re.IGNORECASE)
-WORDS_HEADING = re.compile(
-    r"[\s*_]*(?:(?:step|part|case)\b.*|(?:\d+[.):]\s*)?[^\W\d_]{2}[^=]*)", re.IGNORECASE)
+WORDS_HEADING = re.compile(    # 1. **Find x**, (a) Find x, I. Setup, For n = 3
+    r"[\W_]*(?:(?:\d+|[A-Za-z]|[ivxIVX]+)[.):][\W_]*|\d+(?:\.\d+)+ +(?=[A-Z]))?"
+    r"(?:(?i:step|part|case)\b|[^\W\d_]{2}).*")
 AFTERWORD = re.compile(
     r"[\s*]*(?:explanation|verification|check|notes?|reasoning|summary|solution)[\s*:]*",
     re.IGNORECASE)
@@ -136,6 +139,7 @@ def answer_of(text: str | None, in_box: bool) -> Answer | None:
     if not read_tokens(text):
         return None
     plain = " ".join(text.split()).strip("*` ").rstrip(". ")
+    plain = re.sub(r"^(_+)([^_].*)\1$", r"\2", plain)    # __18__
     return Answer(plain or text, in_box)
 
 
@@ -175,7 +179,7 @@ def hash_line(text: str) -> str | None:
             return first_line(below)
         if is_empty(line):
             continue
-        if named_below and WORDS_HEADING.fullmatch(line):
+        if named_below and WORDS_HEADING.fullmatch(line) and not split_name(read_tokens(line))[0]:
             return None
         if not AFTERWORD.fullmatch(line):
             return first_line(line)
@@ -189,10 +193,10 @@ def after_phrase(text: str) -> str | None:
 
 
 def first_line(text: str) -> str | None:
-    """The first line that says something. Of a list's only line the bullet goes."""
+    """The first line that says something. A bullet before it, or a quotation's >, goes."""
     first, *others = text.split("\n", 20)[:20]
     lines = [FILLER.sub("", first, count=1) if FILLER.match(first) else first]
-    lines += [re.sub(r"^\s*[-*•]\s+", "", line) for line in others]
+    lines += [re.sub(r"^\s*[-*•>]\s+", "", line) for line in others]
     lines = (line.lstrip(" \t:*") for line in lines)
     return next((line for line in lines if not is_empty(line)), None)
 
@@ -208,8 +212,9 @@ def last_number(text: str) -> str | None:
 # ---- Whether two answers are the same ------------------------------------------------------------
 
 DEEPEST = 5    # lists in lists
-# A reference that holds one of these is a formula, and its single letters are variables.
-MATHEMATICS = re.compile(r"\\(?![$%])|[\^_=$]")
+# A reference that holds one of these is a formula, and its single letters are variables. ($ alone
+# and \$ are currencies.)
+MATHEMATICS = re.compile(r"\\(?![$%])|(?<!\\)\$[^$]*[^$\\]\$|[\^_=]")
 
 
 def same(answer: str, reference: str, in_box: bool = False) -> bool:
@@ -263,9 +268,12 @@ def is_number(answer: list[Token], reference: Number) -> bool:
 
 def is_same_number(number: Number, reference: Number) -> bool:
     """Whether value and unit are the reference's. Its unit may be left out."""
+    unit, own_end = read_unit(number.rest)
+    if unit == "percent" and not reference.rest and abs(reference.value) < 1:
+        number = number._replace(value=number.value / 100, places=number.places + 2)
     if not equal_values(number, reference):
         return False
-    unit = number.currency or read_unit(number.rest)[0]
+    unit = number.currency or unit
     if reference.currency and not reference.rest:
         return unit in ("", reference.currency)
     if not reference.rest:
@@ -275,7 +283,9 @@ def is_same_number(number: Number, reference: Number) -> bool:
         return number.currency in ("", reference.currency or reference_unit)
     if end == len(reference.rest):
         return unit == reference_unit
-    return spelled(number.rest) == spelled(reference.rest)
+    if spelled(number.rest[own_end:]) != spelled(reference.rest[end:]):
+        return False
+    return unit in ("", reference.currency or reference_unit)
 
 
 def equal_but_for_units(answer: list[Token], reference: list[Token], depth: int) -> bool:
@@ -288,9 +298,12 @@ def equal_but_for_units(answer: list[Token], reference: list[Token], depth: int)
 
 
 def without_unit(tokens: list[Token]) -> tuple[list[Token], str]:
+    r"""A formula and its unit. Beside variables a single letter is one too: 2a + 3h, but 6\pi m."""
     for at in range(max(1, len(tokens) - 8), len(tokens)):
         unit, end = read_unit(tokens, at)
-        if unit and end == len(tokens) and tokens[at].style != "math":
+        has_variables = any(token.kind == "word" and len(token.text) == 1 for token in tokens[:at])
+        is_variable = has_variables and len(tokens[at].text) == 1 and tokens[at].style != "text"
+        if unit and end == len(tokens) and tokens[at].style != "math" and not is_variable:
             return tokens[:at], unit
     return tokens, ""
 
@@ -345,12 +358,20 @@ def equal_sets(answer: list[list[Token]], reference: list[list[Token]], depth: i
 
 # ---- References ----------------------------------------------------------------------------------
 
+def names_nothing(reference: str) -> bool:
+    """Whether a reference says that there is no answer, as NuminaMath's "proof" and "notfound". A
+    response that repeats the word would be paid."""
+    plain = spelled(read_tokens(reference))
+    return bool(re.fullmatch(r"(?:see)?(?:proof|solution)|notfound|null|nan|n/?a", plain,
+                             re.IGNORECASE))
+
+
 def doubt(reference: str) -> str | None:
     """Why hardly any response can match a reference; None if nothing speaks against it."""
     if "\n" in reference.strip() and "\\begin" not in reference:
         return "its answer has several lines"
     plain = spelled(read_tokens(reference))
-    if re.fullmatch(r"(?:see)?(?:proof|solution|none|null|nan|n/?a|notfound|unknown)\b.*", plain,
+    if re.fullmatch(r"(?:see)?(?:proof|solution|none|unknown)\b.*", plain,
                     re.IGNORECASE):
         return f"its answer is {reference.strip()[:20]!r}"
     words = sum(token.kind == "word" and len(token.text) > 1 for token in read_tokens(reference))

@@ -236,13 +236,13 @@ def read_records(path: str) -> Iterator[tuple[str, object]]:
             what = "not a regular file"
         raise InputError(f"{path}: {what}")
     try:
-        opened = gzip.open(path, "rb") if path.endswith(".gz") else open(path, "rb")
-        with opened as f:
+        with open(path, "rb") as f:
             start = f.read(4)
-            f.seek(0)
-            if start == b"PAR1":
-                yield from read_parquet(path)
-            elif path.endswith((".json", ".json.gz")) and not has_object_a_line(f):
+        if start == b"PAR1":
+            yield from read_parquet(path)
+            return
+        with gzip.open(path, "rb") if start[:2] == b"\x1f\x8b" else open(path, "rb") as f:
+            if path.lower().endswith((".json", ".json.gz")) and not has_object_a_line(f):
                 yield from read_list(f.read(), path)
             else:
                 yield from read_lines(f, path)
@@ -253,11 +253,13 @@ def read_records(path: str) -> Iterator[tuple[str, object]]:
 
 
 def has_object_a_line(f) -> bool:
-    """Whether the file's first two lines are JSON objects, whatever its name says."""
-    lines = (f.readline(LONGEST_LINE), f.readline(LONGEST_LINE))
+    """Whether the first line that says something is a JSON object, whatever the file's name is."""
+    line = b"\n"
+    while line and not line.strip():
+        line = f.readline(LONGEST_LINE)
     f.seek(0)
     try:
-        return all(isinstance(json.loads(line.decode("utf-8-sig")), dict) for line in lines)
+        return isinstance(json.loads(line.decode("utf-8-sig")), dict)
     except (ValueError, RecursionError):
         return False
 
@@ -272,6 +274,10 @@ def read_parquet(path: str) -> Iterator[tuple[str, object]]:
     try:
         row = 0
         for batch in parquet.ParquetFile(path).iter_batches(batch_size=1000):
+            for i, column in enumerate(batch.schema):
+                if pyarrow.types.is_float32(column.type):    # 0.1, and not 0.10000000149
+                    as_text = batch.column(i).cast(pyarrow.string())
+                    batch = batch.set_column(i, column.name, as_text.cast(pyarrow.float64()))
             for record in batch.to_pylist():
                 row += 1
                 yield f"{path}, row {row}", record

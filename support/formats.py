@@ -16,7 +16,8 @@ from grader import extract_answer, last_boxed
 
 
 # In any case (question, Question); the first that is not null counts. In brackets: who has it.
-QUESTION = ("prompt", "problem", "question", "query", "input")      # DAPO, MATH, GSM8K, MetaMath
+# DAPO, MATH, GSM8K, OpenBookQA, MetaMath, MAWPS
+QUESTION = ("prompt", "problem", "question", "question_stem", "query", "input")
 ANSWER = ("answer", "final_answer", "ground_truth", "expected_answer", "target")     # … and MAWPS
 SOLUTION = ("solution", "rationale", "generated_solution")
 CHOICES = ("choices", "options")                                    # MMLU, AQuA
@@ -46,7 +47,13 @@ class Fields(NamedTuple):
 def read_fields(record) -> Fields:
     if not isinstance(record, dict):
         raise Unusable(f"the record is {what_it_is(record)}, not a JSON object")
-    fields = {str(name).lower(): value for name, value in record.items() if value is not None}
+    fields = {}
+    for name, value in record.items():
+        name = str(name).lower()
+        if value is not None and name in fields and fields[name] != value:
+            raise Unusable(f"it has {name} in small letters and in capitals, and they differ")
+        if value is not None:
+            fields[name] = value
     refuse_what_would_be_dropped(fields)
     question = read_question(fields, record)
     solution = read_solution(fields)
@@ -109,7 +116,16 @@ def read_question(fields: dict, record: dict) -> str | list:
     if name == "input":    # Alpaca's; MAWPS has no instruction
         before.append(as_text(fields.get("instruction")))
     text = "\n".join([part for part in before if part] + [text])
-    return f"{body} {text}" if body else text
+    text = f"{body} {text}" if body else text
+    return with_numbers(text, str(fields.get("numbers", "")).split())
+
+
+def with_numbers(text: str, numbers: list[str]) -> str:
+    """MWPToolkit's MAWPS has N_00, N_01 … in place of numbers, and these in another field."""
+    try:
+        return re.sub(r"\bN_(\d\d)\b", lambda m: numbers[int(m[1])], text)
+    except IndexError:
+        raise Unusable("its question has N_00 in place of a number, and none is told") from None
 
 
 def read_chat(messages: list, name: str) -> list:
@@ -120,7 +136,7 @@ def read_chat(messages: list, name: str) -> list:
         if not good:
             raise Unusable(f"its {name} is a list, and not of messages with role and content as "
                            "text")
-    if not any(message["role"] == "user" for message in messages):
+    if not any(m["role"] == "user" and m["content"].strip() for m in messages):
         raise Unusable(f"its {name} has no message of the user's")
     return messages
 
@@ -130,8 +146,9 @@ def read_chat(messages: list, name: str) -> list:
 def read_solution(fields: dict) -> str | None:
     """The way to the answer, if the record has one."""
     for name in SOLUTION:
-        if isinstance(fields.get(name), str) and fields[name].strip():
-            return fields[name]
+        solution = only(fields.get(name))
+        if isinstance(solution, str) and solution.strip():
+            return solution
     if "query" in fields and isinstance(fields.get("response"), str):    # MetaMath
         return fields["response"]
     extra = fields.get("extra_info")    # verl's GSM8K
@@ -230,10 +247,12 @@ def as_text(value) -> str | None:
     """A field's text, or None: 43.0 is written 43, and 1e-05 is written 0.00001."""
     if isinstance(value, str):
         return value.strip() or None
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, (int, float, Decimal)):
         return None
-    if isinstance(value, float) and not math.isfinite(value):
+    if not math.isfinite(value):
         return None
+    if isinstance(value, Decimal):    # of Parquet
+        return format(value.normalize(), "f")
     if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:    # exact
         return str(int(value))
     if isinstance(value, float):    # 15 digits: 0.3 for 0.30000000000000004
@@ -249,7 +268,9 @@ def what_it_is(value) -> str:
     if isinstance(value, str):
         return "text" if value.strip() else "empty"
     words = {type(None): "null", bool: "true or false", dict: "an object", int: "a number"}
-    return words.get(type(value), "not a finite number")
+    if isinstance(value, (float, Decimal)):
+        return "not a finite number"
+    return words.get(type(value), f"of type {type(value).__name__}, neither text nor a number")
 
 
 # ---- Choices -------------------------------------------------------------------------------------
@@ -263,7 +284,7 @@ def read_choices(fields: dict) -> tuple[list[str], str]:
     letters = string.ascii_uppercase[:len(choices)]
     labels = labels_of_choices(fields[name], letters)
     lines = [f"({letter}) {text}" for letter, text in zip(letters, choices)]
-    given = next((fields[key] for key in LETTER if key in fields), None)
+    given = next((fields[key] for key in LETTER if str(fields.get(key, "")).strip()), None)
     if isinstance(given, bool) or not isinstance(given, (int, str)):
         raise Unusable(f"it has {name}, and no right one among {', '.join(LETTER)}")
     right = set()
@@ -309,6 +330,7 @@ def texts_of_choices(choices) -> list[str] | None:
     if all(re.match(rf"\(?{letter}[).:]", text) for letter, text in
            zip(string.ascii_uppercase, texts)):
         texts = [re.sub(r"^\(?[A-Z][).:]\s*", "", text) for text in texts]
-    elif any(re.match(r"\(?[A-Z][).]\s", text) for text in texts):    # in another order
-        return None
+    labels = [re.match(r"\(?([A-Z])[).]\s", text) for text in texts]
+    if all(labels) and sorted(m[1] for m in labels) == list(string.ascii_uppercase[:len(texts)]):
+        return None    # in another order
     return texts

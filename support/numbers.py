@@ -220,19 +220,22 @@ def names_number(
 
 
 def is_sum(tokens: list[Token]) -> bool:
-    """Whether it is numbers with operators between them, and perhaps units: (9 + 9) * 2 apples.
-    Nothing is computed."""
+    """Whether it is numbers with operators between them, and perhaps units: (9 + 9) * 2 apples,
+    1/2 of 36. Nothing is computed."""
     depth = 0
     operators = 0
     wants_number = True
-    for token in tokens:
+    for before, token in zip([None, *tokens], tokens):
         text = token.text
         if text in ("(", "{"):
+            operators += text == "(" and not wants_number    # 2(9)
             depth += 1
             wants_number = True
         elif text in (")", "}") and depth > 0 and not wants_number:
             depth -= 1
-        elif text in OPERATORS and not wants_number:
+        elif text in ("+", "-") and before and before.text == "(":
+            pass
+        elif text in (*OPERATORS, "of") and not wants_number:
             operators += 1
             wants_number = True
         elif text in (r"\frac", r"\sqrt") and wants_number:

@@ -33,7 +33,9 @@ LETTERS = str.maketrans({
     "⩽": r"\leq ", "≥": r"\geq ", "⩾": r"\geq ", "≠": r"\neq ", "≈": r"\approx ", "∈": r"\in ",
     "∪": r"\cup ", "∩": r"\cap ", "∅": r"\emptyset ", "→": r"\rightarrow ",
     "⇒": r"\Rightarrow ", "π": r"\pi ", "θ": r"\theta ", "α": r"\alpha ", "β": r"\beta ",
-    "γ": r"\gamma ", "λ": r"\lambda ", "φ": r"\phi ", "ω": r"\omega ",
+    "γ": r"\gamma ", "δ": r"\delta ", "ε": r"\epsilon ", "λ": r"\lambda ", "μ": r"\mu ",
+    "ρ": r"\rho ", "σ": r"\sigma ", "τ": r"\tau ", "φ": r"\phi ", "ψ": r"\psi ", "ω": r"\omega ",
+    "Δ": r"\Delta ", "Σ": r"\Sigma ", "Ω": r"\Omega ", "¢": " cents",
     **{letter: rf" \frac{{{top}}}{{{under}}}" for letter, top, under in zip(
         "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞", "112131234115357", "233445555668888")},
 })
@@ -47,13 +49,14 @@ SPELLINGS = {
     r"\lbrace": r"\{", r"\rbrace": r"\}", r"\lbrack": "[", r"\rbrack": "]",
     r"\lvert": "|", r"\rvert": "|", r"\vert": "|", r"\mid": "|",
     r"\lor": "or", r"\land": "and", "pi": r"\pi", "sqrt": r"\sqrt", "infinity": r"\infty",
+    **{name: rf"\{name}" for name in "sin cos tan cot csc log ln exp".split()},
     r"\begin{bmatrix}": r"\begin{pmatrix}", r"\end{bmatrix}": r"\end{pmatrix}",
     r"\degree": "degrees", r"\%": "percent", "%": "percent",
     r"\$": "dollars", "€": "euros", "£": "pounds", "¥": "yen", "₹": "rupees",
 }
 SKIPPED = {"\\ ", "\\\n"} | set(r"""
     \left \right \left. \right. \big \Big \bigg \Bigg \bigl \bigr \Bigl \Bigr \biggl \biggr \bf \rm
-    \it \displaystyle \textstyle \limits \quad \qquad \, \! \; \: ~ ` **""".split())
+    \it \displaystyle \textstyle \limits \quad \qquad \, \! \; \: ~ ` ** ✅ ✓ ✔ 🎉 """.split())
 OPEN_MATH, CLOSE_MATH = (r"\(", r"\["), (r"\)", r"\]")
 WORD_FONTS = set(r"""
     \text \textrm \textnormal \mathrm \mbox \hbox \operatorname \operatorname*""".split())
@@ -81,7 +84,9 @@ def read_tokens(text: str, in_math: bool = False) -> list[Token]:
     text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ]+", lambda m: f"^{{{m[0].translate(SUPERSCRIPTS)}}}", text)
     text = re.sub("[₀-₉₊₋]+", lambda m: f"_{{{m[0].translate(SUBSCRIPTS)}}}", text)
     text = re.sub(r"(?<=[\w)])\*\*(?=[\w(])", "^", text.translate(LETTERS))    # x**2
-    text = re.sub(r"(?<=\d)(\s*[ap])\.m\b\.?", r"\1m", text, flags=re.IGNORECASE)    # 6 p.m.
+    text = re.sub(    # 6 p.m., 6 PM
+        r"(?<=\d)(\s*(?:\\text\{\s*)?)([ap])(?:\.m\b\.?|m\b)", lambda m: f"{m[1]}{m[2].lower()}m",
+        text, flags=re.IGNORECASE)
     if text.replace("$$", "").replace(r"\$", "").count("$") == 1:
         text = text.replace("$", r"\$")    # alone it is no bracket of formulas, but a currency
     return bare(with_braces(pieces(text, in_math)))
@@ -237,10 +242,12 @@ def bare(tokens: list[Token]) -> list[Token]:
 
 # ---- As text -------------------------------------------------------------------------------------
 
-# \frac{3\pi}{4}, as the whole of a term, is 3\pi/4.
+# \frac{3\pi}{4}, as the whole of a term, is 3\pi/4, and \frac{x+2}{7} is (x+2)/7.
+IN_BRACES = r"(?:\\sqrt|\^)\{[^{}]*\}"
 SIMPLE_FRACTION = re.compile(
-    r"(^|[-+=,(\[{])\\frac\{(-?(?:[^-+=,{}]|\\sqrt\{[^{}]*\})+)\}\{([^-+=,{}\s\\]|\d+|\\pi)\}"
-    r"(?=$|[-+=,)\]}<>])")
+    rf"(?P<before>^|[-+=,(\[{{])\\frac\{{(?:(?P<top>-?(?:[^-+=,{{}}]|{IN_BRACES})+)"
+    rf"|(?P<sum>(?:[^=,{{}}]|{IN_BRACES})+))\}}"
+    r"\{(?P<under>[^-+=,{}\s\\]|\d+|\\pi|\\sqrt\{[^{}]*\})\}(?=$|[-+=,)\]}<>])")
 
 
 def spelled(tokens: list[Token]) -> str:
@@ -250,7 +257,10 @@ def spelled(tokens: list[Token]) -> str:
     before = Token("", "", "", False)
     for token, after in zip(tokens, [*tokens[1:], before]):
         follows_number = before.kind == "number"
-        is_product = token.text in ("*", r"\cdot") and follows_number and (
+        if token.text in ("*", r"\times"):
+            token = token._replace(text=r"\cdot")
+        is_product = token.text == r"\cdot" and (
+            before.kind in ("number", "word") or before.text in (")", "}", r"\pi")) and (
             after.kind in ("word", "command") or after.text == "(")
         if is_product:
             continue
@@ -262,7 +272,8 @@ def spelled(tokens: list[Token]) -> str:
     text = "".join(text)
     if all(has_no_case(token) for token in tokens):
         text = text.casefold()
-    return SIMPLE_FRACTION.sub(r"\1\2/\3", text).lstrip("+")
+    in_one_line = lambda m: m["before"] + (m["top"] or f"({m['sum']})") + "/" + m["under"]
+    return SIMPLE_FRACTION.sub(in_one_line, text).lstrip("+")
 
 
 def has_no_case(token: Token) -> bool:

@@ -30,6 +30,8 @@ UNITS = {spelling: line.split()[0] for line in """
     liter l L liters litre litres
     milliliter ml mL milliliters millilitre millilitres
     gallon gal gallons
+    quart qt qts quarts
+    pint pt pints
     second s sec secs seconds
     minute min mins minutes
     hour h hr hrs hours
@@ -38,6 +40,7 @@ UNITS = {spelling: line.split()[0] for line in """
     month months
     year yr yrs years
     degree deg degrees
+    radian rad radians
     dollar dollars USD US
     cent cents
     euro euros EUR
@@ -45,8 +48,10 @@ UNITS = {spelling: line.split()[0] for line in """
     yen
     percent
     erg ergs
-    mph
-    kmh kph
+    mile/hour mph
+    kilometer/hour kmh kph
+    mpg
+    rpm
     unit units
     kWh
     GB
@@ -114,13 +119,13 @@ SHORT_WORDS = set("""
 # Words that make another number or another answer of it, wherever they follow it ...
 CHANGES = re.compile(r"""
     (?:zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|thirteen|fourteen|fifteen
-    |sixteen|seventeen|eighteen|nineteen|hundred|thousand|dozen|gross|score|lakh|crore|mil)
+    |sixteen|seventeen|eighteen|nineteen|hundred|thousand|dozen|gross|score|lakh|crore|mill?|grand)
         (?:e?s|ths?|fold)?
     |(?:twent|thirt|fort|fift|sixt|sevent|eight|ninet)(?:y|ies|ieths?)
     |(?:third|fif?th|eighth|nine?th|twelfth|quarter)s?|half|halves?|halved
-    |[a-z]*illi(?:on|ard)(?:s|ths?)?|twice|thrice|(?:doubl|tripl|quadrupl)e[sd]?|squared?|cubed?
+    |[a-z]*illi(?:on|ard)(?:s|en|ths?)?|twice|thrice|(?:doubl|tripl|quadrupl)e[sd]?|squared?|cubed?
     |plus|minus|negative|divided|multiplied|below|under|above|least|most|mod|modulo|base
-    |binary|octal|hexadecimal|sin|cos|tan|cot|sec|csc|log|ln|exp|lim|gcd|lcm
+    |binary|octal|hex(?:adecimal)?|sin|cos|tan|cot|csc|log|ln|exp|lim|gcd|lcm
     |alpha|beta|gamma|delta|epsilon|theta|lambda|sigma|tau|phi|omega
     |or|nor|not|no|never|cannot|wrong|incorrect|false|wait|actually|instead|rather|except|either
     |undefined""", re.IGNORECASE | re.VERBOSE)
@@ -128,8 +133,10 @@ CHANGES = re.compile(r"""
 CHANGES_AT_ONCE = ("and", "to", "root", "point", "power", "choose", "factorial")
 # What takes back a choice: one of these words anywhere in its text, or TAKEN_BACK at the beginning.
 # (Others of CHANGES may be its text: B) three or more.)
-CORRECTIONS = set("wrong incorrect wait actually instead rather except either".split())
-TAKEN_BACK = re.compile("(?:and|or|is not|isn't) |not (?:correct|right|true|$)", re.IGNORECASE)
+CORRECTIONS = set("wait actually instead rather".split())
+TAKEN_BACK = re.compile(
+    r"(?:and|or|is not|isn't) |not (?:correct|right|true|$)|is (?:wrong|incorrect|false)\b"
+    "|(?:wrong|incorrect|false) $", re.IGNORECASE)
 TALK_SIGNS = (",", ".", ";", ":", "?", "(", ")", '"', "—")
 
 
@@ -199,14 +206,14 @@ def is_word_of_one_letter(token: Token, before: Token | None, after: Token | Non
 
 # ---- Names and choices ---------------------------------------------------------------------------
 
-# x, x_{1}, \theta, f', f(x), f(3,4), P(A), E[X], AB, \angle ABC, |AB|, (x,y); or words
+# x, x_{1}, \theta, f', f(x), f(-3,1/2), P(X=2), E[X], AB, \angle ABC, |AB|, (x,y); or words
 LETTER = (r"(?:[A-Za-z]|\\(?:alpha|beta|gamma|delta|varepsilon|epsilon|theta|lambda|mu|rho|sigma"
           r"|tau|phi|varphi|omega|ell|Delta|Theta|Phi|Omega))(?:'|_\{[^{}]*\})*")
-ARGUMENT = rf"(?:{LETTER}|\d+)"
+ARGUMENT = rf"(?:(?:[A-Z]=)?-?(?:\d+(?:[./]\d+)?|\\frac\{{\d+\}}\{{\d+\}})|{LETTER})"
 NAME = re.compile(
     rf"{LETTER}(?:(?:\^\{{-1\}})?[(\[]{ARGUMENT}(?:(?:,|\\cap |\\cup |\|){ARGUMENT})*[)\]])?"
     rf"|\({LETTER}(?:,{LETTER})+\)"
-    r"|m?(?:\\angle |\\triangle )?[A-Z]{1,4}|\|[A-Z]{2}\||\[[A-Z]{3,4}\]"
+    r"|m?(?:\\angle |\\triangle )?[A-Z]{1,4}|\|(?:[A-Z]{2}|[a-z])\||\[[A-Z]{3,4}\]"
     r"|\\(?:overline|bar|vec|hat)\{(?:[A-Z]{2}|[A-Za-z])\}")
 
 
@@ -228,22 +235,25 @@ def split_name(tokens: list[Token]) -> tuple[str, list[Token]]:
 
 
 def letter_of_choice(tokens: list[Token]) -> str | None:
-    """B of B, (b), option B, B) 15 and B: a cat or two; None of (A) or (B), and of B: wrong."""
+    """B of B, (b), option B, B) 15, B: a cat or two, and B because …; None of (A) or (B), of B, C,
+    and of B: wrong."""
     texts = [token.text for token in tokens]
     if texts[:1] and texts[0].lower() in ("option", "choice"):
         texts = texts[1:]
-    if texts[:1] == ["("]:
+    if texts[:1] in (["("], ["["]):
         texts = texts[1:]
-    if not texts or not re.fullmatch("[A-Z]" if len(texts) > 1 else "[A-Za-e]", texts[0]):
+    letter, *rest = texts or [""]
+    ends = (")", "]", ".", ":")
+    has_bracket = not rest or rest[0] == ")"
+    if not re.fullmatch("[A-Za-e]" if has_bracket else "[A-Z]", letter):
         return None
-    letter, *rest = texts
-    ends = (")", ".", ":")
-    if rest and rest[0] not in ends:
+    if rest and rest[0] not in (*ends, ",", "because", "since"):
         return None
     if TAKEN_BACK.match(" ".join([*rest[1:], ""])):
         return None
-    for text, after in zip(rest, rest[1:] + ["."]):
-        is_another = re.fullmatch("[A-Z]", text) and after in ends
+    for before, text, after in zip([letter, *rest], rest, [*rest[1:], ""]):
+        listed = before in (",", "not") or after in (*ends, ",")
+        is_another = re.fullmatch("[A-Z]", text) and listed
         if is_another or text.lower() in CORRECTIONS:
             return None
     return letter.upper()

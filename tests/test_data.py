@@ -6,6 +6,7 @@ import gzip
 import json
 import sys
 import time
+from decimal import Decimal
 
 import pytest
 import tokenizers
@@ -302,6 +303,27 @@ FORMATS = {
     "no choices": ({"question": "Q?", "choices": None, "answer": "5"}, "Q?", "5", None),
     "plain": ({"question": "Q?", "answer": "  5 "}, "Q?", "5", None),
     "plain chat": ({"question": CHAT, "answer": 5}, CHAT, "5", None),
+    "numbers apart": (
+        {"Question": "N_00 pens and N_01?", "Numbers": "8 2.5", "Answer": 10.5},
+        "8 pens and 2.5?", "10.5", None),
+    "solution in a list": (
+        {"question": "Q?", "solution": ["So x = 2."], "final_answer": ["2"]}, "Q?", "2",
+        "So x = 2."),
+    "choices with initials": (
+        {"question": "Who?", "choices": ["J. S. Mill", "I. Kant", "Plato"], "answer": 1},
+        "Who?\n(A) J. S. Mill\n(B) I. Kant\n(C) Plato", "B", None),
+    "letter in the second field": (
+        {"question_stem": "Q?", "choices": ["4", "7"], "answer": " ", "answerKey": "B"},
+        "Q?\n(A) 4\n(B) 7", "B", None),
+    "aqua, text named": (
+        {"question": "Q?", "options": ["A)4", "B)7"], "rationale": "So the\nanswer is 7",
+         "correct": "B"}, "Q?\n(A) 4\n(B) 7", "B", "So the\nanswer is 7"),
+    "choices, text in a box": (
+        {"question": "Q?", "options": ["4", "7"], "rationale": "So \\boxed{7}.", "correct": "B"},
+        "Q?\n(A) 4\n(B) 7", "B", "So \\boxed{7}."),
+    "numbered headings": (
+        {"problem": "Q?", "solution": "#### 1. **Set up**\nAdd.\n#### 2. **End**\n$\\boxed{42}$"},
+        "Q?", "42", "#### 1. **Set up**\nAdd.\n#### 2. **End**\n$\\boxed{42}$"),
     "unicode": ({"question": "Où? 雪 😀", "answer": "雪"}, "Où? 雪 😀", "雪", None),
 }
 
@@ -337,7 +359,7 @@ def test_formats(tmp_path, record, question, answer, solution, answer_format, la
         assert problem.gold is None
         [problem] = read_problems(path, answer_format, answer_only_gold=True)
         assert problem.gold == last_line
-    elif answer_format == "boxed" and "\\boxed" in solution:
+    elif answer_format == "boxed" and f"\\boxed{{{answer}}}" in solution:
         # the solution has its box already
         assert problem.gold == solution
     else:
@@ -415,6 +437,8 @@ FILES = {
     "BOM": ("a.jsonl", b"\xef\xbb\xbf" + LINES, "line"),
     "BOM and CRLF": ("a.jsonl", b"\xef\xbb\xbf" + LINES.replace(b"\n", b"\r\n"), "line"),
     "gz": ("a.jsonl.gz", gzip.compress(LINES), "line"),
+    "gz by another name": ("a.jsonl", gzip.compress(LINES), "line"),
+    "no gz in spite of its name": ("a.jsonl.gz", LINES, "line"),
     "gz in two parts": (
         "a.jsonl.gz",
         gzip.compress(LINES[:40]) + gzip.compress(LINES[40:]),
@@ -448,6 +472,13 @@ def test_files(tmp_path, name, content, unit):
     assert places == [f"{path}, {unit} {i}" for i in (1, 2, 3)]
 
 
+def test_one_object_in_a_json_file(tmp_path):
+    """A .json file with a single record, or a blank line before it, is read. (Bug: told by its
+    first two lines, it was refused as no list.)"""
+    path = write(tmp_path / "a.json", b"\n" + jsonl(RECORDS[0]))
+    assert [p.source for p in read_problems(path)] == [f"{path}, line 2"]
+
+
 GOOD = jsonl({"question": "Q?", "answer": 1})
 
 # name: file, content, what the message must say
@@ -469,11 +500,10 @@ BAD_FILES = {
         "line 2",
     ),
     "list: no JSON": ("a.json", b'[{"question": "Q?",\n "answer": 1},\n {"question": }]', "line 3"),
-    "list: an object": ("a.json", GOOD, "list"),
+    "list: an object": ("a.json", b'{\n"data": []\n}', "list"),
     "list: field twice": ("a.json", b'[{"question": "Q?", "answer": 1, "answer": 2}]', "twice"),
     "list: not UTF-8": ("a.json", b'["\xff"]', "cannot be read"),
     "list: deep": ("a.json", b"[" * 100_000, "cannot be read"),
-    "gz: not gz": ("a.jsonl.gz", GOOD, "cannot be read"),
     "gz: cut": ("a.jsonl.gz", gzip.compress(LINES)[:-12], "cannot be read"),
     "gz: cut in the head": ("a.jsonl.gz", gzip.compress(LINES)[:6], "cannot be read"),
     "gz: spoiled": ("a.jsonl.gz", gzip.compress(LINES)[:15] + b"\xff" * 20, "cannot be read"),
@@ -507,7 +537,10 @@ LEFT_OUT = {
     "empty question": ({"question": "", "answer": 1}, "its question is empty"),
     "empty GSM8K answer": ({"question": "Q?", "answer": "Long.\n####"}, "after #### in answer"),
     "no answer in the solution": ({"problem": "Q?", "solution": "Clear."}, "no answer in its sol"),
-    "solution in a list": ({"problem": "Q?", "solution": ["\\boxed{5}"]}, "no answer"),
+    "solutions": ({"problem": "Q?", "solution": ["\\boxed{5}", "\\boxed{6}"]}, "no answer"),
+    "field in two cases": ({"question": "Q?", "answer": 5, "Answer": 6}, "they differ"),
+    "number not told": ({"Question": "N_00 and N_01?", "Numbers": "8", "Answer": 6}, "N_00"),
+    "blank chat": ({"prompt": [{"role": "user", "content": " "}], "answer": "5"}, "no message"),
     "answers": ({"question": "Q?", "answer": ["3", "4"]}, "its answer is a list of 2"),
     "choices as fields": (
         {"question": "Q?", "A": "4", "B": "7", "answer": "B"}, "no known form of choices"),
@@ -610,6 +643,14 @@ def test_parquet(tmp_path, monkeypatch):
         assert [(p.question, p.answer) for p in problems] == [(CHAT, "0"), (CHAT, "2")]
         assert [p.source for p in problems] == [f"{path}, row 1", f"{path}, row 3"]
         assert notes.lines["left_out"][0].startswith(f"{path}, row 2: ")
+
+    numbers = pyarrow.table({
+        "question": ["A?", "B?"], "answer": pyarrow.array([0.1, 2.7], pyarrow.float32())})
+    parquet.write_table(numbers, path)
+    assert [p.answer for p in read_problems(path)] == ["0.1", "2.7"]
+    decimals = pyarrow.array([Decimal("0.10"), Decimal("20")], pyarrow.decimal128(6, 2))
+    parquet.write_table(pyarrow.table({"question": ["A?", "B?"], "answer": decimals}), path)
+    assert [p.answer for p in read_problems(path)] == ["0.1", "20"]
 
     broken = write(tmp_path / "broken.parquet", b"PAR1 and no more")
     refusal(lambda: read_problems(broken), broken, "cannot be read")
@@ -1572,9 +1613,8 @@ def test_a_repeated_question_is_rendered_once(tmp_path, monkeypatch):
 
 DOUBTFUL = {
     "lines": ("x=1\ny=2", "several lines"),
-    "proof": ("Proof.", "Proof"),
     "none": ("None", "None"),
-    "not found": ("notfound", "notfound"),
+    "unknown": ("unknown.", "unknown"),
     "prose": ("Each crate holds 6 jars, so there are 42.", "7 words"),
 }
 
@@ -1595,6 +1635,21 @@ def test_answers_that_nothing_matches_are_noted(tmp_path, answer, says):
     notes = Notes()
     prepare([problem], tokenizer, Limits(20, 100), Reward(lambda r, a: 1.0), notes)
     assert not notes.counts
+
+
+@pytest.mark.parametrize("answer", ["proof", "Proof.", "notfound", "not found", "NaN", "n/a"])
+def test_an_answer_that_is_none_is_left_out(tmp_path, answer):
+    """A reference that says there is none is left out: a response that repeats it would be paid.
+    Another reward may have its own use for it. (Bug: NuminaMath's proofs as gold, "#### proof".)"""
+    tokenizer = load_tokenizer(make_folder(tmp_path), instruction="")
+    bad = Problem("Q?", answer, gold=f"So.\n#### {answer}", source="a.jsonl, line 1")
+    good = Problem("R?", "5", source="a.jsonl, line 2")
+    notes = Notes()
+    assert prepare([bad, good], tokenizer, Limits(20, 100), notes=notes) == [good]
+    [line] = notes.lines["left_out"]
+    assert line == f"a.jsonl, line 1: its answer is {answer!r}, and that is none"
+    refusal(lambda: prepare([bad], tokenizer, Limits(20, 100)), "a.jsonl, line 1", "none")
+    assert prepare([bad], tokenizer, Limits(20, 100), Reward(lambda r, a: 1.0)) == [bad]
 
 
 def test_prepare_refuses_a_prompt_without_room(tmp_path):

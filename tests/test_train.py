@@ -878,7 +878,7 @@ def test_the_show_flag_runs_show(tmp_path, monkeypatch, capsys):
 
 def test_show_takes_the_first_step_of_the_run(tmp_path, monkeypatch, capsys):
     """With SFT for a share of the steps, what is shown is SFT's step, as train.py would take it: a
-    group of gold alone. (Bug: --sft-share ignored, and a step shown that is not the run's first.)"""
+    group of gold alone. (Bug: --sft-share ignored: a step shown that is not the run's first.)"""
     monkeypatch.chdir(tmp_path)
     tables = {}
     for algo in ("sft_gcpo", "sft", "gcpo"):
