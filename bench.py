@@ -132,6 +132,12 @@ def check(args) -> None:
     if min(args.rounds, args.prompts, args.max_new_tokens) < 1 or args.group_size < 2:
         raise InputError("--rounds, --prompts and --max-new-tokens must be 1 or more, "
                          "--group-size 2 or more")
+    if args.what == "cost" and len(sys.argv) > 2:
+        raise InputError("cost: takes no flags; what a run needs it says before it starts")
+    if args.lora_rank and args.what != "step":
+        raise InputError("--lora-rank: it is measured by `step` alone")
+    if min(args.lora_rank, args.rows_per_pass, args.rows) < 0:
+        raise InputError("--lora-rank, --rows-per-pass and --rows must be 0 or more")
     if not args.rows_per_pass:
         args.rows_per_pass = max(8, rows_that_fill(args.device, args.max_new_tokens))
     peer = "trl" if args.what == "step" else "transformers"

@@ -322,52 +322,60 @@ def prepare(
     kept = []
     left_out = []    # why
     our_reward = reward.function in GRADERS.values()
-    # A question may stand there a hundred times; its prompt is made once.
-    key = lambda p: (id(p.question), p.hint)
-    prompts = {}    # by key: the prompt, and what it has opened
-    refused = {}    # by key: why the chat template can make none
-    for first in range(0, len(problems), PART):
-        part = problems[first:first + PART]
-        known = prompts.keys() | refused.keys()
-        new = {key(p): p for p in part if key(p) not in known}.values()
-        texts = tokenizer.rendered(list(new))
-        refused |= {key(p): t for p, t in zip(new, texts) if isinstance(t, InputError)}
-        new = [problem for problem in new if key(problem) not in refused]
-        texts = [text for text in texts if isinstance(text, str)]
-        for problem, text, prompt in zip(new, texts, tokenizer.encode_texts(texts)):
-            refuse_without_question(text, problem, tokenizer)
-            prompts[key(problem)] = prompt, opened_by(problem.question, text)
-        for problem in part:
-            unusable = str(refused.get(key(problem), ""))
-            if our_reward and names_nothing(problem.answer):
-                unusable = f"its answer is {problem.answer!r}, and that is none"
-            if unusable:
-                left_out.append(unusable)
-                notes.add("left_out", problem.source, unusable)
-                continue
-            prompt, opened = prompts[key(problem)]
-            if not 1 <= len(prompt) <= limits.positions - limits.new_tokens:
-                left_out.append(
-                    f"the prompt has {len(prompt)} tokens, and with {limits.new_tokens} new ones "
-                    f"it does not fit the model's {limits.positions} positions; lower "
-                    "--max-new-tokens or leave the problem out")
-                notes.add("too_long", problem.source, left_out[-1])
-                continue
-            check_vocabulary(prompt, tokenizer, limits)
-            problem.prompt = prompt
-            problem.opened = opened
-            problem.gold_ids = None
-            if problem.gold is not None:
-                prepare_gold(problem, tokenizer, limits, reward, notes)
-            doubtful = doubt(problem.answer)
-            if our_reward and doubtful:
-                notes.add("doubtful", problem.source, doubtful)
-            kept.append(problem)
+    prompts, refused = make_prompts(problems, tokenizer)
     if refused and not prompts:
         raise next(iter(refused.values()))
+    for problem in problems:
+        unusable = str(refused.get(key_of(problem), ""))
+        if our_reward and names_nothing(problem.answer):
+            unusable = f"its answer is {problem.answer!r}, and that is none"
+        if unusable:
+            left_out.append(unusable)
+            notes.add("left_out", problem.source, unusable)
+            continue
+        prompt, opened = prompts[key_of(problem)]
+        if not 1 <= len(prompt) <= limits.positions - limits.new_tokens:
+            left_out.append(
+                f"the prompt has {len(prompt)} tokens, and with {limits.new_tokens} new ones it "
+                f"does not fit the model's {limits.positions} positions; lower --max-new-tokens or "
+                "leave the problem out")
+            notes.add("too_long", problem.source, left_out[-1])
+            continue
+        check_vocabulary(prompt, tokenizer, limits)
+        problem.prompt = prompt
+        problem.opened = opened
+        problem.gold_ids = None
+        if problem.gold is not None:
+            prepare_gold(problem, tokenizer, limits, reward, notes)
+        doubtful = doubt(problem.answer)
+        if our_reward and doubtful:
+            notes.add("doubtful", problem.source, doubtful)
+        kept.append(problem)
     if problems and not kept:
         raise InputError(f"{problems[0].source}: {left_out[0]}; no problem is left")
     return kept
+
+
+def key_of(problem: Problem) -> tuple:
+    """The same for problems with the same prompt: a question may stand in a file a hundred times,
+    and read_problems keeps it once."""
+    return id(problem.question), problem.hint
+
+
+def make_prompts(problems: list[Problem], tokenizer: Tokenizer) -> tuple[dict, dict]:
+    """Two dicts by key_of: each prompt (P,) with what it has opened, and for those that the chat
+    template refuses its InputError."""
+    prompts, refused = {}, {}
+    for first in range(0, len(problems), PART):
+        known = prompts.keys() | refused.keys()
+        part = {key_of(p): p for p in problems[first:first + PART] if key_of(p) not in known}
+        texts = dict(zip(part, tokenizer.rendered(list(part.values()))))
+        refused |= {key: text for key, text in texts.items() if isinstance(text, InputError)}
+        texts = {key: text for key, text in texts.items() if isinstance(text, str)}
+        for (key, text), prompt in zip(texts.items(), tokenizer.encode_texts(list(texts.values()))):
+            refuse_without_question(text, part[key], tokenizer)
+            prompts[key] = prompt, opened_by(part[key].question, text)
+    return prompts, refused
 
 
 def refuse_without_question(prompt: str, problem: Problem, tokenizer: Tokenizer) -> None:

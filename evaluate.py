@@ -219,7 +219,8 @@ def flags() -> argparse.ArgumentParser:
     add("--max-new-tokens", type=int, default=512, help="longest response")
     add("--limit", type=int, default=0, help="only the first so many problems; 0: all")
     add("--skip", type=int, default=0, help="leave out the first so many problems")
-    add("--rows", type=int, default=None, help="rows in flight (default: what fits, at most 256)")
+    add("--rows", type=int, default=None,
+        help="rows in flight (default: what fits, at most 256 or --samples)")
     add("--seed", type=int, default=0, help="of the sampling")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 …")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
@@ -251,7 +252,10 @@ def flags() -> argparse.ArgumentParser:
 def check(args) -> None:
     """Raises InputError for empty paths, numbers out of range, and files that could not be written.
     """
-    refuse_blank(args, ("model", "data", "reward", "out", "keep_correct"))
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise InputError("evaluate.py: one process, not torchrun")
+    refuse_blank(args, ("model", "data", "reward", "out", "keep_correct", "chat_template_args",
+                        "stop_token", "device"))
     least = dict(samples=1, max_new_tokens=1, limit=0, skip=0, top_k=0, temperature=0, rows=1,
                  seed=0, correct_at=-math.inf)
     for name, low in least.items():
@@ -259,6 +263,16 @@ def check(args) -> None:
         if value is not None and not low <= value < math.inf:
             what = "a number" if low < 0 else f"{low} or more"
             raise InputError(f"{flag(name)} {value}: must be {what}, and finite")
+        if isinstance(value, int) and value >= (2**63 if name == "seed" else 2**31):
+            raise InputError(f"{flag(name)} {value}: too large")
+    if args.temperature is None:
+        args.temperature = float(args.samples > 1)
+    if args.rows is not None and args.rows < args.samples:
+        raise InputError(f"--rows {args.rows}: the samples of a problem are one group, so it must "
+                         f"be --samples {args.samples} or more")
+    if args.temperature == 0 and (args.top_p < 1 or args.top_k > 0):
+        raise InputError("--top-p and --top-k: temperature 0, the default with one sample, takes "
+                         "the likeliest token; add --temperature 1")
     if not 0 < args.top_p <= 1:
         raise InputError(f"--top-p {args.top_p}: must be above 0 and at most 1")
     if args.explain and not (args.keep_correct or args.out):
@@ -303,18 +317,19 @@ def main():
     for line in notes.summary():
         print(f"note: {line}")
 
-    temperature = args.temperature
-    if temperature is None:
-        temperature = float(args.samples > 1)
     with progress_of_rows(len(problems) * args.samples, "sampling") as progress:
         metrics, completions = evaluate(
             model, problems, tokenizer, args.samples, args.max_new_tokens, reward,
-            temperature=temperature, top_p=args.top_p, top_k=args.top_k, seed=args.seed,
+            temperature=args.temperature, top_p=args.top_p, top_k=args.top_k, seed=args.seed,
             max_rows=args.rows, progress=progress)
-    wrote = write_files(args, problems, completions)    # first: a closed pipe must not lose them
-    print(f"{len(problems)} problems x {args.samples} samples, temperature {temperature:g}")
-    print_metrics(metrics, args.samples, len(problems))
-    print(*wrote, sep="\n", end="\n" if wrote else "")
+    wrote = []
+    try:    # first the files: a closed pipe must not lose them
+        wrote = write_files(args, problems, completions)
+    finally:
+        print(f"{len(problems)} problems x {args.samples} samples, "
+              f"temperature {args.temperature:g}")
+        print_metrics(metrics, args.samples, len(problems))
+        print(*wrote, sep="\n", end="\n" if wrote else "")
 
 
 def write_files(args, problems: list[Problem], completions: list[list[dict]]) -> list[str]:
@@ -323,8 +338,7 @@ def write_files(args, problems: list[Problem], completions: list[list[dict]]) ->
     if args.out:
         rows = [{"question": p.question, "reference": p.answer, **r}
                 for p, records in zip(problems, completions) for r in records]
-        write_jsonl(args.out, rows)
-        wrote.append(f"wrote {len(rows)} completions to {args.out}")
+        wrote.append(f"wrote {len(rows)} completions to {write_jsonl(args.out, rows)}")
     if args.keep_correct:
         solved = []
         for p, records in zip(problems, completions):
@@ -332,16 +346,19 @@ def write_files(args, problems: list[Problem], completions: list[list[dict]]) ->
             if good:
                 gold = min(good, key=len)
                 solved.append({"question": p.question, "answer": p.answer, "gold": gold})
-        write_jsonl(args.keep_correct, solved)
-        wrote.append(
-            f"wrote {len(solved)} solved problems with their gold to {args.keep_correct}")
+        path = write_jsonl(args.keep_correct, solved)
+        wrote.append(f"wrote {len(solved)} solved problems with their gold to {path}")
     return wrote
 
 
-def write_jsonl(path: str, records: list[dict]) -> None:
+def write_jsonl(path: str, records: list[dict]) -> str:
+    """Returns where they are: if another evaluation has written the file meanwhile, beside it."""
+    if os.path.exists(path):
+        path = f"{path}.{os.getpid()}"
     with written_whole(path) as f:
         for record in records:
             f.write(json.dumps(record, ensure_ascii=False) + "\n")
+    return path
 
 
 def print_metrics(metrics: dict[str, float], samples: int, problems: int) -> None:

@@ -431,7 +431,7 @@ class Algorithm:
                 raise ValueError(f"{name}={value}: choose one of {', '.join(choices)}")
         for name in ("clip_low", "clip_high", "gold_clip", "gold_weight", "kl_coef", "beta"):
             value = getattr(self, name)
-            if value is not None and not 0 <= value < float("inf"):
+            if value is not None and not 0 <= value <= torch.finfo(torch.float32).max:
                 raise ValueError(f"{name}={value}: must be 0 or more, and finite")
         for name in ("overlong", "sft_share"):
             if not 0 <= getattr(self, name) <= 1:

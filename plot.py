@@ -282,4 +282,7 @@ def add_legend(figure, axes: list, panels: int) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -24,7 +24,7 @@ from support import parallel
 from support.checkpoint import State
 from support.common import InputError, exit_cleanly, refuse_unwritable
 from support.cpu import keep_freed_memory
-from support.options import parse_flags, place_run, set_up_process, sft_stage
+from support.options import parse_flags, place_run, set_up_process, sft_stage, with_toy
 from support.page import arithmetic, as_text, page_of_run, page_row, write_page
 from train import Item, Run, collect, learn, load_run, score, stage_of
 
@@ -48,7 +48,7 @@ def main():
         raise InputError("show.py: one process, not torchrun")
     with tempfile.TemporaryDirectory() as folder:    # for the toy's files
         config = replace(config, out=os.path.join(folder, "run"), prompts=1, updates=1)
-        run = load_run(place_run(config, algorithm), algorithm, device)
+        run = load_run(with_toy(place_run(config, algorithm)), algorithm, device)
     run.sft = sft_stage(algorithm, given)
     show(run, page)
 
@@ -63,7 +63,16 @@ def take_page(argv: list[str]) -> tuple[str | None, list[str]]:
         raise InputError("--html: name the file, as in --html group.html")
     if page:
         refuse_unwritable(page)
+        refuse_other_file(page)
     return page, others
+
+
+def refuse_other_file(page: str) -> None:
+    """Raises InputError where --html would write over something that is no page."""
+    if os.path.exists(page):
+        with open(page, "rb") as f:
+            if not f.read(9).lower().startswith(b"<!doctype"):
+                raise InputError(f"--html {page}: there is something already, and it is no page")
 
 
 def show(run: Run, page: str | None = None) -> None:

@@ -31,6 +31,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
+from safetensors import SafetensorError
 
 from data import (
     Limits, Notes, Problem, Tokenizer, grade_group, load_tokenizer, prepare, read_problems)
@@ -50,7 +51,8 @@ from support.dpo import pair_loss
 from support.estimate import warn_if_too_large
 from support.lora import LowRankMaster
 from support.options import (
-    Config, learning_rate, load_reward, parse_flags, place_run, set_up_process, sft_stage)
+    Config, learning_rate, load_reward, parse_flags, place_run, set_up_process, sft_stage,
+    sft_steps_of, with_toy)
 from support.policy import load_master_and_policy, refresh_policy
 from support.record import Record
 from support.toy import removed_on_error
@@ -113,6 +115,7 @@ def main():
     device = set_up_process(config)
     config = place_run(config, algorithm)
     with removed_on_error(config):
+        config = with_toy(config)
         run = load_run(config, algorithm, device)
         track = runlog.open_tracker(config)
     run.sft = sft_stage(algorithm, given)
@@ -121,7 +124,7 @@ def main():
     outlive_readers()
     try:
         before, after = train(run, log, checkpoint, runlog.heed_signals())
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, OSError, SafetensorError):    # the last two: a full disk
         runlog.say_how_to_resume(config.out)
         raise
     runlog.last_words(run, before, after)
@@ -196,7 +199,7 @@ def train(run: Run, log, checkpoint: str | None = None, stopping=lambda: False):
 
 def stage_of(run: Run, step: int) -> Run:
     """The run; in its first steps (--sft-share) with SFT in place of its algorithm."""
-    if step < round(run.algorithm.sft_share * run.config.steps):
+    if step < sft_steps_of(run.algorithm, run.config):
         return replace(run, algorithm=run.sft)
     return run
 
@@ -288,15 +291,15 @@ def sample_and_grade(run: Run, step: int, indices: list[int], first: int, state:
         group = grade_group(group, p, run.tokenizer, run.reward)
         penalty = overlong_penalty(group.lengths, config.max_new_tokens, algorithm.overlong)
         group = replace(group, rewards=group.rewards + penalty)
-        if algorithm.scale == "mean" and group.rewards.min() < 0:
-            raise InputError(f"--scale mean: the reward gave {group.rewards.min():g}, and it "
-                             "divides by the mean reward; rewards must be 0 or more")
         groups.append(group)
         outcomes.append((index, bool(group.correct.all())))
         if p.gold_ids is not None:
             # A third number in the seed: another stream than the sampler's
             generator = prompt_generator((config.seed, step, 1), position, 0)
             group = substitute_gold(group, p.gold_ids, algorithm, generator, p.gold_reward)
+        if algorithm.scale == "mean" and group.rewards.min() < 0:
+            raise InputError(f"--scale mean: the reward gave {group.rewards.min():g}, and it "
+                             "divides by the mean reward; rewards must be 0 or more")
         advantages = advantages_of(group, algorithm)
         if algorithm.train_on == "right":    # SFT on what is right: rollouts and gold
             group = only_right(group)

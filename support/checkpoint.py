@@ -288,11 +288,18 @@ def refuse_moment(tensor: torch.Tensor, shape: torch.Size, key: str, where: str)
 
 # ---- The folder of a run -------------------------------------------------------------------------
 
+LOCKED = {}    # folder: its file descriptor
+
+
 def lock_folder(folder: str) -> None:
-    """Keep other runs out for as long as this process lives. Raises InputError if one is in it."""
+    """Keep other processes out for as long as this one lives. Raises InputError if one is in it."""
+    folder = os.path.realpath(folder)
+    if folder in LOCKED:    # an earlier run of this process
+        os.close(LOCKED.pop(folder))
     try:
         import fcntl
-        fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        LOCKED[folder] = os.open(folder, os.O_RDONLY)
+        fcntl.flock(LOCKED[folder], fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise InputError(f"{folder}: another process is training there; wait for it, end it (the "
                          "workers of a torchrun that was killed go on), or name another folder "

@@ -28,17 +28,22 @@ def flag(name: str) -> str:
 def refuse_blank(settings, names: tuple[str, ...]) -> None:
     """Raises InputError for --out "" and the like: an empty path would mean another folder."""
     for name in names:
-        if getattr(settings, name) == "":
-            raise InputError(f'{flag(name)} "": is empty; is a variable of the shell not set?')
+        value = getattr(settings, name)
+        if value is not None and not value.strip():
+            raise InputError(f'{flag(name)} "{value}": is empty; is a variable of the shell not '
+                             "set?")
 
 
 def as_flags(settings: dict) -> list[str]:
     """Settings as the words of a command line; True is a flag without a value."""
     words = []
     for name, value in settings.items():
-        words.append(flag(name))
-        if value is not True:
-            words.append(str(value))
+        if value is True:
+            words.append(flag(name))
+        elif str(value).startswith("-"):    # or it would be taken for a flag
+            words.append(f"{flag(name)}={value}")
+        else:
+            words += [flag(name), str(value)]
     return words
 
 
@@ -73,7 +78,8 @@ def exit_cleanly(main) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as e:
-        message, status = f"error: {e.filename or 'a file'}: {e.strerror or e}", 2
+        name = e.filename2 or e.filename or "a file"    # the second: what was written
+        message, status = f"error: {name}: {e.strerror or e}", 2
     except MemoryError:
         message, status = "error: out of memory; is one of the files far too large?", 2
     except SafetensorError as e:

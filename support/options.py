@@ -18,7 +18,7 @@ import torch
 from gcpo import ALGORITHMS, Algorithm, switch
 from grader import GRADERS, Reward
 from support import parallel
-from support.checkpoint import sha256
+from support.checkpoint import lock_folder, sha256
 from support.common import (
     InputError, as_flags, flag, one_line, pick_device, refuse_blank, remove)
 from support.folders import TOKENIZER_FILES, weight_files
@@ -89,7 +89,8 @@ class Config:
     dtype: str = switch("auto", "of the policy, which samples and scores; auto: bfloat16 where it "
                                 "is faster and precise enough", ("auto", "float32", "bfloat16"))
     threads: int = switch(0, "CPU threads; 0: PyTorch's choice")
-    rows: int = switch(0, "rows sampled at a time; 0: what fits in memory, at most 256")
+    rows: int = switch(0, "rows sampled at a time; 0: what fits in memory, at most 256, or one "
+                          "group")
     rows_per_pass: int = switch(8, "rows that go through an update together: a group, part of a "
                                    "large one, or several small ones; on a GPU by default as many "
                                    "as hold 8,192 tokens")
@@ -220,12 +221,13 @@ LEAST = dict(
 def check(config: Config) -> None:
     """Raises InputError for an empty path, a number out of its range, and an --out that is taken.
     """
-    refuse_blank(config, ("model", "data", "eval_data", "out", "reward"))
+    refuse_blank(config, ("model", "data", "eval_data", "out", "reward", "chat_template_args",
+                          "stop_token", "device"))
     for name, least in LEAST.items():
         value = getattr(config, name)
         if not least <= value < math.inf:
             raise InputError(f"{flag(name)} {value}: must be {least} or more, and finite")
-        if isinstance(value, int) and value >= 2**63:
+        if isinstance(value, int) and value >= (2**63 if name == "seed" else 2**31):
             raise InputError(f"{flag(name)} {value}: too large")
     for name in ("temperature", "max_grad_norm"):
         value = getattr(config, name)
@@ -233,16 +235,16 @@ def check(config: Config) -> None:
             raise InputError(f"{flag(name)} {value}: must be above 0, and finite")
     if not math.isfinite(config.correct_at):
         raise InputError(f"--correct-at {config.correct_at}: must be finite")
-    if config.seed >= 2**63 or config.threads > 1024:
-        raise InputError(f"--seed {config.seed} or --threads {config.threads}: too large")
+    if config.threads > 1024:
+        raise InputError(f"--threads {config.threads}: too large")
+    if 0 < config.rows < config.group_size:
+        raise InputError(f"--rows {config.rows}: a group is sampled whole, so it must be "
+                         f"--group-size {config.group_size} or more")
     if config.updates > config.prompts:
         raise InputError(f"--updates {config.updates}: each update needs a group, and there are "
                          f"--prompts {config.prompts}")
-    taken = config.out and os.path.exists(config.out)
-    if taken and not config.resume and not (
-            os.path.isdir(config.out) and only_begun(config.out)):
-        raise InputError(f"--out {config.out}: there is something already; name another folder, "
-                         "remove it, or add --resume to go on with it")
+    if config.out and not config.resume:
+        refuse_taken(config.out)
     if config.lora_rank and config.shard:
         raise InputError("--lora-rank: low-rank weights are small, and --shard does not divide "
                          "them; leave it out")
@@ -262,7 +264,8 @@ def fit_together(config: Config, algorithm: Algorithm, given: dict) -> Config:
     elif "rows_per_pass" not in given:
         least = rows_that_fill(config.device, config.max_new_tokens)
         config = replace(config, rows_per_pass=max(config.rows_per_pass, least))
-    idle = [name for name in given if name in idle_switches(algorithm)]
+    idle = idle_switches(algorithm, config) | idle_settings(algorithm, config)
+    idle = [name for name in given if name in idle]
     if idle:
         flags = ", ".join(flag(name) for name in idle)
         print(f"note: with these settings the run does not look at {flags}", file=sys.stderr)
@@ -285,11 +288,20 @@ def rows_that_fill(device: str, max_new_tokens: int) -> int:
     return max(1, 8192 // max_new_tokens) if on_gpu else 1
 
 
-def idle_switches(algorithm: Algorithm) -> set[str]:
+def idle_switches(algorithm: Algorithm, config: Config) -> set[str]:
     """Switches that change nothing, beside those that are set."""
     if algorithm.train_on == "gold":
         return SWITCHES - {"train_on", "aggregation"}
     idle = set()
+    sft_steps = sft_steps_of(algorithm, config)
+    if sft_steps == config.steps:
+        return SWITCHES - {"sft_share", "aggregation"}
+    if sft_steps == 0:
+        idle |= {"sft_share"}
+    if algorithm.objective != "pairs":
+        idle |= {"beta"}
+    if algorithm.resample != "dynamic":
+        idle |= {"max_tries"}
     if algorithm.train_on == "right":    # ratio 1 and advantage 1
         idle |= {"level", "clip_low", "clip_high", "scale", "virtual_right", "overlong"}
         idle |= {"objective", "gold_clip", "gold_rivals", "gold_advantage", "gold_weight"}
@@ -301,6 +313,23 @@ def idle_switches(algorithm: Algorithm) -> set[str]:
     if algorithm.gold_when == "never":
         idle |= {name for name in SWITCHES if name.startswith("gold_")} - {"gold_when"}
     return idle
+
+
+def idle_settings(algorithm: Algorithm, config: Config) -> set[str]:
+    """Settings that change nothing, beside the others."""
+    idle = set()
+    if algorithm.train_on == "gold":    # nothing is sampled
+        idle |= {"group_size", "rows"}
+    if config.lora_rank == 0:
+        idle |= {"lora_alpha"}
+    if not config.eval_data and config.model:
+        idle |= {"eval_every", "eval_samples", "eval_limit"}
+    return idle
+
+
+def sft_steps_of(algorithm: Algorithm, config: Config) -> int:
+    """How many of the steps are SFT, the first ones (--sft-share)."""
+    return round(algorithm.sft_share * config.steps)
 
 
 def as_command(config: Config, given: dict) -> str:
@@ -383,7 +412,7 @@ def run_name(config: Config) -> str:
 
 
 def place_run(config: Config, algorithm: Algorithm) -> Config:
-    """The config with `out` filled in, and with the toy's files if there is no model."""
+    """The config with `out` filled in: a folder that no other run can take from now on."""
     parallel.refuse_difference(
         {name: value for name, value in {**asdict(config), **asdict(algorithm)}.items()
          if name not in MAY_DIFFER})
@@ -398,16 +427,32 @@ def place_run(config: Config, algorithm: Algorithm) -> Config:
                          "--out, or begin anew without --resume")
     if config.resume:
         refuse_unshared(run_file)
-    config = replace(config, out=out)
-    if config.model is None:
-        folder = os.path.join(out, "toy")
-        if parallel.rank() == 0 and not config.resume:
-            remove(folder)    # a run that was stopped as it began may have left one
-            build_toy(folder, config.seed)
-        parallel.from_first(None)    # the others wait until it is there
-        refuse_unshared(folder)
-        config = replace(config, **toy_files(folder))
-    return config
+    if parallel.rank() == 0:
+        os.makedirs(out, exist_ok=True)
+        lock_folder(out)
+        if not config.resume:
+            refuse_taken(out)    # once more: another run may just have ended in it
+    return replace(config, out=out)
+
+
+def refuse_taken(out: str) -> None:
+    """Raises InputError for a path where there is more than a run leaves that cannot begin."""
+    if os.path.exists(out) and not (os.path.isdir(out) and only_begun(out)):
+        raise InputError(f"--out {out}: there is something already; name another folder, remove "
+                         "it, or add --resume to go on with it")
+
+
+def with_toy(config: Config) -> Config:
+    """The config; if there is no model, with the toy's, which is built in the run's folder."""
+    if config.model is not None:
+        return config
+    folder = os.path.join(config.out, "toy")
+    if parallel.rank() == 0 and not config.resume:
+        remove(folder)    # a run that was stopped as it began may have left one
+        build_toy(folder, config.seed)
+    parallel.from_first(None)    # the others wait until it is there
+    refuse_unshared(folder)
+    return replace(config, **toy_files(folder))
 
 
 def refuse_unshared(path: str) -> None:

@@ -10,7 +10,7 @@ import time
 from evaluate import evaluate_held_out
 from model import save_model
 from support import parallel, runlog
-from support.checkpoint import State, load_checkpoint, save_checkpoint
+from support.checkpoint import State, load_checkpoint, newest_checkpoint, save_checkpoint
 from support.common import InputError
 from support.cpu import give_back_freed_memory
 from support.lora import whole_model
@@ -50,6 +50,7 @@ class Record:
                              f"{self.state.step} already")
         if self.last:    # nothing is left to do, but the model may be gone, or of other --steps
             self.save_model()
+            self.refuse_bad_gradients()
 
     @property
     def last(self) -> bool:
@@ -92,6 +93,7 @@ class Record:
         if self.last:
             self.save_model()
         if self.due(self.run.config.eval_every):
+            self.refuse_lost()
             self.metrics |= evaluate_held_out(self.run, self.state.step)
             self.state.note_evaluation(self.metrics.get("eval/mean"))
 
@@ -116,14 +118,17 @@ class Record:
     def end_if_need_be(self) -> None:
         """Raises InputError after too many bad gradients, or if there were no others;
         KeyboardInterrupt if asked to stop."""
+        self.refuse_bad_gradients()
+        if self.report.stop and not self.last:
+            raise KeyboardInterrupt
+
+    def refuse_bad_gradients(self) -> None:
         state, out = self.state, self.run.config.out
         if self.give_up:
             raise InputError(
                 f"step {state.step}: gradients were not finite in {state.bad_steps} steps in a row "
                 "(samples.jsonl shows groups); the weights as of the last finite update are in "
                 f"{out}/checkpoints; try a lower --lr or --dtype float32")
-        if self.report.stop and not self.last:
-            raise KeyboardInterrupt
 
     @property
     def give_up(self) -> bool:
@@ -150,5 +155,7 @@ class Record:
         finite = all(bool(p.isfinite().all()) for p in weights)
         [bad] = parallel.all_sum(int(not finite))
         if bad:
+            saved = newest_checkpoint(out)
+            good = f"; the last good ones are in {saved}" if saved else ""
             raise InputError(f"step {self.state.step}: weights are not finite, so they are not "
-                             f"saved; try a lower --lr; {out}/checkpoints has the last good ones")
+                             f"saved; try a lower --lr{good}")

@@ -29,12 +29,11 @@ from support import parallel
 from support.checkpoint import (
     checkpoint_to_resume,
     cut_log,
-    lock_folder,
     newest_checkpoint,
     refuse_changes,
     sha256,
 )
-from support.common import InputError, flag, one_line, read_json, written_whole
+from support.common import InputError, flag, one_line, read_json, remove, written_whole
 from support.estimate import estimate
 from support.folders import copy_tokenizer
 from support.lora import LowRankMaster
@@ -62,7 +61,6 @@ def begin(run, given: dict) -> str | None:
     if not first:
         return checkpoint
     warn(run)
-    lock_folder(out)
     command = as_command(run.config, given)
     announce(run, command)
     if run.config.resume:
@@ -73,9 +71,10 @@ def begin(run, given: dict) -> str | None:
             path = os.path.join(out, f"{kind}.jsonl")
             if os.path.exists(path):
                 cut_log(path, step)
-    else:
-        # The model folder may go while we run.
-        copy_tokenizer(run.config.model, os.path.join(out, "tokenizer"))
+    # The model folder may go while we run. (What lies there may be of a run that could not begin.)
+    remove(os.path.join(out, "tokenizer"))
+    copy_tokenizer(run.config.model, os.path.join(out, "tokenizer"))
+    if not run.config.resume:
         with written_whole(os.path.join(out, "run.json")) as f:
             json.dump(run_record(run, settings, command), f, indent=2)
     return checkpoint

@@ -125,9 +125,9 @@ def removed_on_error(config):
     folder if it is empty then."""
     try:
         yield
-    except InputError:
+    except (InputError, OSError):
         if parallel.rank() == 0 and not config.resume:
-            if config.model == os.path.join(config.out, "toy", "model"):
+            if config.model is None:
                 remove(os.path.join(config.out, "toy"))
             with contextlib.suppress(OSError):
                 os.rmdir(config.out)

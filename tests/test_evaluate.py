@@ -374,6 +374,11 @@ BAD_NUMBERS = {
     "temperature no number": (dict(temperature="nan"), "--temperature nan"),
     "threshold no number": (dict(correct_at="nan"), "--correct-at nan"),
     "no rows": (dict(rows=0), "--rows 0"),
+    "fewer rows than samples": (dict(rows=3), "--rows 3"),
+    "huge": (dict(samples=2**63 - 1), "too large"),
+    "top-p, greedy": (dict(samples=1, top_p=0.5), "--top-p and --top-k"),
+    "top-k, greedy": (dict(temperature=0, top_k=3), "--top-p and --top-k"),
+    "blank stop token": (dict(stop_token=" "), "--stop-token"),
     "seed below 0": (dict(seed=-1), "--seed -1"),
     "no such device": (dict(device="abacus"), "--device abacus"),
 }
@@ -427,6 +432,41 @@ def test_what_cannot_be_done_is_one_line(folder, run_here, name):
     assert len(lines) == 1
     assert lines[0].startswith("error: ")
     assert here(message) in lines[0]
+
+
+def test_it_is_one_process(folder, run_here, monkeypatch):
+    """(Bug: under torchrun every process did all of it, and wrote the same file.)"""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, printed = run_here(command(folder))
+    assert code == 2 and "not torchrun" in printed.err
+
+
+def test_a_file_that_came_meanwhile_is_kept(folder, run_here, monkeypatch):
+    """Two evaluations with one --out: the second writes beside it and says so. If nothing can be
+    written, the metrics are printed all the same. (Bugs: hours of sampling written over; metrics
+    lost to a full disk.)"""
+    out = folder / "out.jsonl"
+
+    def meanwhile(*args, **more):
+        out.write_text("of others\n")
+        return evaluate_module.complete(*args, **more)
+
+    module = runpy.run_path(evaluate_module.__file__)
+    monkeypatch.setitem(module["evaluate"].__globals__, "complete", meanwhile)
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *command(folder, keep_correct=None)])
+    module["main"]()
+    assert out.read_text() == "of others\n"
+    [beside] = folder.glob("out.jsonl.*")
+    assert len(read_lines(beside)) == 8 * 4
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    out.unlink()
+    monkeypatch.setattr("support.common.written_whole", full)
+    code, printed = run_here(command(folder))
+    assert code == 2
+    assert "mean@4" in printed.out and "No space left" in printed.err
 
 
 @pytest.mark.parametrize("changes", [

@@ -314,6 +314,7 @@ def not_finite(folder, whole):
     assert status == 2, run.said()
     assert "not finite in 3 steps in a row" in run.said()
     assert "Traceback" not in run.said()
+    assert run.finish("--algo", "sft", "--eval-every", "0", "--steps", "3", "--resume") == 2
     samples = run.samples()
     assert len(samples) == 3
     assert all(s["gradient"] == "not finite" and s["responses"] for s in samples)

@@ -1,6 +1,8 @@
 """train.py and show.py: pieces of a step, and whole runs on the toy with what they write."""
+import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -300,6 +302,36 @@ def test_the_model_is_saved_before_the_last_evaluation(toy, tmp_path, monkeypatc
     assert load_model(str(tmp_path / "run" / "model"))
 
 
+def test_a_folder_belongs_to_one_process(toy, tmp_path):
+    """While another process is in the folder, a run is refused before it reads or builds anything,
+    and what is there stays. (Bug: a second command with the same --out built its toy over the
+    first's, or removed the folder.)"""
+    out = tmp_path / "run"
+    (out / "toy").mkdir(parents=True)
+    (out / "toy" / "train.jsonl").write_text("of the other")
+    other = os.open(out, os.O_RDONLY)
+    fcntl.flock(other, fcntl.LOCK_EX)
+    for flags in ([], ["--reward", "nothing"]):
+        with pytest.raises(InputError, match="another process is training there"):
+            train_with("--out", out, "--steps", "1", *flags)
+        assert (out / "toy" / "train.jsonl").read_text() == "of the other"
+    os.close(other)
+
+
+def test_the_tokenizer_of_a_run_is_its_own(toy, tmp_path):
+    """Files of a run that could not begin do not come into the model, and what has gone when a run
+    goes on is copied again. (Bugs: another model's chat template in OUT/model; steps trained that
+    could not be saved.)"""
+    out = tmp_path / "run"
+    (out / "tokenizer").mkdir(parents=True)
+    (out / "tokenizer" / "chat_template.jinja").write_text("of another model")
+    on_toy(toy, out, "--steps", "1")
+    assert not (out / "model" / "chat_template.jinja").exists()
+    shutil.rmtree(out / "tokenizer")
+    on_toy(toy, out, "--steps", "2", "--resume")
+    assert load_tokenizer(str(out / "model"))
+
+
 def test_sft_then_rl(toy, tmp_path):
     """With sft_gcpo the first half of the steps trains on gold alone and samples nothing; the
     second half samples. (Bug: a phase that does not end.)"""
@@ -517,6 +549,15 @@ def test_negative_rewards_and_their_mean(rigged):
     a run that learns the wrong way round, or breaks off at the first mixed group.)"""
     collect_step, _ = rigged(lambda number: 0, "maxrl", reward=lambda correct: 2.0 * correct - 1)
     with pytest.raises(InputError, match="--scale mean: the reward gave -1"):
+        collect_step()
+
+
+def test_golds_reward_may_not_be_negative_either(rigged, monkeypatch):
+    """(Bug: a traceback where gold alone had a negative reward.)"""
+    substitute = train.substitute_gold
+    monkeypatch.setattr(train, "substitute_gold", lambda *args: substitute(*args[:4], -0.5))
+    collect_step, _ = rigged(lambda number: 0, "maxrl", gold_when="always")
+    with pytest.raises(InputError, match="--scale mean: the reward gave -0.5"):
         collect_step()
 
 
@@ -886,6 +927,18 @@ def test_show_takes_the_first_step_of_the_run(tmp_path, monkeypatch, capsys):
         lines = capsys.readouterr().out.splitlines()
         tables[algo] = lines[next(i for i, x in enumerate(lines) if "advantage" in x):]
     assert tables["sft_gcpo"] == tables["sft"] != tables["gcpo"]
+
+
+def test_a_page_takes_no_other_files_place(tmp_path, monkeypatch):
+    """--html writes over a page, and over nothing else. (Bug: the training data turned into
+    HTML.)"""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data.jsonl").write_text("{}")
+    with pytest.raises(InputError, match="it is no page"):
+        call(show.main, "show.py", "--html", "data.jsonl")
+    assert (tmp_path / "data.jsonl").read_text() == "{}"
+    for _ in range(2):
+        call(show.main, "show.py", "--html", "page.html")
 
 
 @pytest.mark.parametrize("program, main", [("show.py", show.main), ("train.py --show", train.main)])
