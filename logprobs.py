@@ -209,7 +209,7 @@ class LinearLogprobs(torch.autograd.Function):
             if temperature != 1:
                 logits.div_(temperature)
             p = logits.softmax(-1)
-            # log p = logit − lse, and p is there: the likeliest token tells lse. (A tenth of
+            # log p = logit − lse, and p is there: the likeliest token tells lse. (A fifth of
             # logsumexp's time.)
             lse = logits.amax(-1, keepdim=True) - p.amax(-1, keepdim=True).log()  # (chunk, 1)
             target = logits.gather(1, targets[chunk, None])                       # (chunk, 1)
