@@ -128,7 +128,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def check(args) -> None:
-    """Fill in the peer. Raises InputError for settings that cannot be."""
+    """Fill in the peer and rows_per_pass. Raises InputError for settings that cannot be."""
     if min(args.rounds, args.prompts, args.max_new_tokens) < 1 or args.group_size < 2:
         raise InputError("--rounds, --prompts and --max-new-tokens must be 1 or more, "
                          "--group-size 2 or more")

@@ -250,8 +250,8 @@ def flags() -> argparse.ArgumentParser:
 
 
 def check(args) -> None:
-    """Raises InputError for empty paths, numbers out of range, and files that could not be written.
-    """
+    """Fill in the temperature. Raises InputError for empty paths, numbers out of range, files that
+    could not be written, and several processes."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise InputError("evaluate.py: one process, not torchrun")
     refuse_blank(args, ("model", "data", "reward", "out", "keep_correct", "chat_template_args",

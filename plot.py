@@ -186,7 +186,7 @@ def curve(rows: list[dict], metric: str, width: int) -> dict[int, tuple[float, f
 
 
 def smooth(values: list[float], width: int) -> list[float]:
-    """Centred moving mean over `width` values, over fewer at both ends."""
+    """Centred moving mean over `width` values (one more if it is even), over fewer at both ends."""
     half = width // 2
     means = []
     for i in range(len(values)):

@@ -10,7 +10,6 @@ often as one likes. When all is there it prints a table in Markdown, and leaves 
 docs/runs/EXPERIMENT, from which plot.py draws.
 """
 import argparse
-import contextlib
 import itertools
 import json
 import math
@@ -692,14 +691,16 @@ def scarce_files(folder: str, seed: int, more: int) -> None:
 
 def own_answers(model: str, problems: list[dict], path: str) -> None:
     """Write the problems that a model solves in 8 tries, with a right answer as gold."""
-    asked, kept = write(path + ".asked", problems), path + ".writing"
-    with contextlib.suppress(FileNotFoundError):
-        os.remove(kept)
+    write_gold(model, write(path + ".asked", problems), 8, path)
+
+
+def write_gold(model: str, data: str, samples: int, path: str) -> None:
+    """The problems of a file that a model solves, each with a right answer as gold."""
     command = [sys.executable, os.path.join(ROOT, "evaluate.py"),
-               "--model", model, "--data", asked, "--samples", "8", "--max-new-tokens", "48",
-               "--instruction", "", "--dtype", "float32", "--keep-correct", kept]
+               "--model", model, "--data", data, "--samples", str(samples),
+               "--max-new-tokens", "48", "--instruction", "", "--dtype", "float32",
+               "--keep-correct", path]
     subprocess.run(command, check=True, capture_output=True)
-    os.rename(kept, path)
 
 
 # ---- ranks ---------------------------------------------------------------------------------------
@@ -811,11 +812,7 @@ def gold_by_a_model(at: str, style: str) -> str:
     half = write(os.path.join(at, f"half-{style}.jsonl"), read(everything)[:2000])
     teacher = os.path.join(at, f"teacher-{style}")
     finish(teacher, ["--algo", "sft", "--data", half, *gold_flags(at)])
-    command = [sys.executable, os.path.join(ROOT, "evaluate.py"),
-               "--model", os.path.join(teacher, "model"), "--data", everything, "--samples", "4",
-               "--max-new-tokens", "48", "--instruction", "", "--dtype", "float32",
-               "--keep-correct", written]
-    subprocess.run(command, check=True, capture_output=True)
+    write_gold(os.path.join(teacher, "model"), everything, 4, written)
     return written
 
 

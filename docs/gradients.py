@@ -14,8 +14,8 @@ the gradient of GCPO's loss on them is taken apart:
 
 Each has a norm, and a cosine with the gradient of SFT on the gold of held-out hard problems, and of
 easy ones: positive where to descend it makes that gold likelier (to first order, and before AdamW
-scales it). "mixed" are all groups without gold that have a gradient. One line a point is kept in
-docs/runs/gradients.jsonl; a run that is there is not made again. docs/gradients.png shows them.
+scales it). One line a point is kept in docs/runs/gradients.jsonl; a run that is there is not made
+again. docs/gradients.png shows them.
 """
 from __future__ import annotations
 
@@ -101,8 +101,8 @@ def take_apart(run: Run, step: int, held_out: dict) -> dict:
     of_part = {
         "gold": lambda item: item.group.is_gold,
         "rivals": lambda item: ~item.group.is_gold & item.group.is_gold.any(),
-        "mixed": lambda item: ~item.group.is_gold.any() & torch.ones_like(item.group.is_gold),
-        "all": lambda item: torch.ones_like(item.group.is_gold)}
+        "mixed": lambda item: ~item.group.is_gold.any(),
+        "all": lambda item: torch.tensor(True)}
     gradients = {}
     for part, rows_of in of_part.items():
         masked = [replace(i, advantages=torch.where(rows_of(i), i.advantages, 0.0)) for i in items]

@@ -33,10 +33,9 @@ def main():
     args = parser.parse_args()
     name = os.path.basename(os.path.abspath(args.work))    # real, or contrast
     kept = os.path.join(ROOT, "docs", "runs", name)
+    if not os.path.isdir(args.work) or os.path.realpath(args.work) == os.path.realpath(kept):
+        sys.exit(f"error: {args.work} is no folder of runs (docs/runs holds what was kept of some)")
     os.makedirs(kept, exist_ok=True)
-    if os.path.samefile(kept, args.work):
-        sys.exit(f"error: {args.work} holds what was kept of runs; name the folder of the runs "
-                 "themselves")
     table_of_evaluations(args.work, kept)
     print()
     table_of_pairs(args.work, kept, args.against)

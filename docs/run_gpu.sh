@@ -19,7 +19,7 @@ for shape in SmolLM2-135M Qwen2.5-1.5B; do
     [ -d "$out/$shape/model" ] && continue
     mkdir -p "$out/$shape"
     $python -c "import bench; bench.write_random_model('$out/$shape', '$shape')"
-    cp "$model"/*token* "$out/$shape/model"
+    $python -c "from support.folders import copy_tokenizer; copy_tokenizer('$model', '$out/$shape/model')"
 done
 
 $python -m pytest tests/test_gpu.py ${TESTS:+-k "$TESTS"} || echo "TESTS FAILED"

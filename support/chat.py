@@ -161,7 +161,7 @@ def run_child(job: dict, where: str) -> list[str | InputError]:
     except subprocess.TimeoutExpired:
         raise InputError(f"{where}: the chat template does not end") from None
     except ValueError:
-        reason = done.stderr.strip().splitlines()[-1:] or "no output"
+        reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
         raise InputError(f"{where}: the chat template could not be rendered ({reason})") from None
     if "error" in result:
         raise InputError(f"{where}: the chat template cannot be used ({result['error']})")

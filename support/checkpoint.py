@@ -19,6 +19,7 @@ import re
 import shutil
 import sys
 from dataclasses import asdict, dataclass, field
+from typing import get_args, get_type_hints
 
 import torch
 from safetensors import safe_open
@@ -53,10 +54,7 @@ class State:
             self.best_step = self.step
 
 
-KINDS = {
-    "step": (int,), "bad_steps": (int,), "epoch": (int,), "taken": (int,),
-    "before": (float, type(None)), "after": (float, type(None)), "best": (float, type(None)),
-    "best_step": (int, type(None)), "solved": (list,), "dropped": (list,)}
+KINDS = {name: get_args(kind) or (kind,) for name, kind in get_type_hints(State).items()}
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")    # what AdamW keeps of each parameter
 FILES = {"optimizer.safetensors", "model/config.json", "model/model.safetensors"}
 

@@ -190,8 +190,7 @@ def warn_if_too_large(config, algorithm, shape: ModelConfig, problems, device, d
     refused = {"lora_rank"} if config.shard else set()
     if algorithm.objective == "pairs":    # a pass is a group there
         refused.add("rows_per_pass")
-    ways = [changes for changes in SMALLER
-            if not refused & set(changes) and gib(**changes) < needed]
+    ways = [changes for changes in SMALLER if not refused & set(changes)]
     if parallel.world() > 1 and not config.shard and not config.lora_rank:
         ways = [dict(changes, shard=True) for changes in ({}, *SMALLER[:2])
                 if not refused & set(changes)] + ways

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from grader import extract_answer, last_boxed
 
 
-# In any case (question, Question); the first that is not null counts. In brackets: who has it.
+# In any case (question, Question); the first that is not empty counts. Beside each: who has it.
 # DAPO, MATH, GSM8K, OpenBookQA, MetaMath, MAWPS
 QUESTION = ("prompt", "problem", "question", "question_stem", "query", "input")
 ANSWER = ("answer", "final_answer", "ground_truth", "expected_answer", "target")     # … and MAWPS
@@ -249,7 +249,7 @@ def as_text(value) -> str | None:
         return value.strip() or None
     if isinstance(value, bool) or not isinstance(value, (int, float, Decimal)):
         return None
-    if not math.isfinite(value):
+    if not isinstance(value, int) and not math.isfinite(value):
         return None
     if isinstance(value, Decimal):    # of Parquet
         return format(value.normalize(), "f")

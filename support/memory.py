@@ -21,7 +21,8 @@ def cache_bytes_per_token(model) -> int:
 
 
 def rows_that_fit(model, group_size: int, longest_prompt: int, max_new_tokens: int) -> int:
-    """How many rows to sample at a time so that their caches fit into memory: at most 256."""
+    """How many rows to sample at a time so that their caches fit into memory: at most 256, or one
+    group."""
     device = model.device
     own = round_up(max_new_tokens, CACHE_COLUMNS)
     prompt = round_up(longest_prompt, CACHE_COLUMNS)

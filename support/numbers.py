@@ -233,7 +233,7 @@ def is_sum(tokens: list[Token]) -> bool:
             wants_number = True
         elif text in (")", "}") and depth > 0 and not wants_number:
             depth -= 1
-        elif text in ("+", "-") and before and before.text == "(":
+        elif text in ("+", "-") and (before is None or before.text == "("):
             pass
         elif text in (*OPERATORS, "of") and not wants_number:
             operators += 1

@@ -100,11 +100,11 @@ class Config:
                                 "gradients and moments, beside a whole copy that samples")
 
 
-GROUPS = {  # --help's headings, each with the first of its flags, in Config's order
-    "what to train on": "model",
-    "how": "algo",
-    "what is evaluated, saved and shown": "out",
-    "the machine": "device",
+HEADINGS = {  # of --help, each by the first of its flags
+    "model": "what to train on",
+    "algo": "how",
+    "out": "what is evaluated, saved and shown",
+    "device": "the machine",
 }
 SWITCHES = {f.name for f in fields(Algorithm)}
 
@@ -179,10 +179,9 @@ def flag_parser() -> argparse.ArgumentParser:
         raise InputError(f"{message} (train.py --help lists the flags)")
 
     parser.error = fail
-    headings = {first: heading for heading, first in GROUPS.items()}
     for spec in fields(Config):
-        if spec.name in headings:
-            group = parser.add_argument_group(headings[spec.name])
+        if spec.name in HEADINGS:
+            group = parser.add_argument_group(HEADINGS[spec.name])
         text = spec.metadata["help"]
         if spec.default is not None and spec.default is not False:
             text += f" (default {spec.default})"
@@ -219,8 +218,8 @@ LEAST = dict(
 
 
 def check(config: Config) -> None:
-    """Raises InputError for an empty path, a number out of its range, and an --out that is taken.
-    """
+    """Raises InputError for settings that cannot be, alone or together, and for an --out that is
+    taken."""
     refuse_blank(config, ("model", "data", "eval_data", "out", "reward", "chat_template_args",
                           "stop_token", "device"))
     for name, least in LEAST.items():
@@ -250,8 +249,6 @@ def check(config: Config) -> None:
                          "them; leave it out")
     if config.track and not util.find_spec(config.track):
         raise InputError(f"--track {config.track}: pip install {config.track}")
-    if config.show and (config.resume or config.out):
-        raise InputError("--show: nothing is saved; leave out --out and --resume")
 
 
 def fit_together(config: Config, algorithm: Algorithm, given: dict) -> Config:
@@ -318,11 +315,12 @@ def idle_switches(algorithm: Algorithm, config: Config) -> set[str]:
 def idle_settings(algorithm: Algorithm, config: Config) -> set[str]:
     """Settings that change nothing, beside the others."""
     idle = set()
-    if algorithm.train_on == "gold":    # nothing is sampled
-        idle |= {"group_size", "rows"}
+    has_held_out = config.eval_data or not config.model    # the toy brings its own
+    if algorithm.train_on == "gold" or sft_steps_of(algorithm, config) == config.steps:
+        idle |= {"group_size", "temperature"} | (set() if has_held_out else {"rows"})
     if config.lora_rank == 0:
         idle |= {"lora_alpha"}
-    if not config.eval_data and config.model:
+    if not has_held_out:
         idle |= {"eval_every", "eval_samples", "eval_limit"}
     return idle
 

@@ -101,7 +101,7 @@ def page_of_run(folder: str, path: str) -> int:
     if not groups:
         raise InputError(f"{folder}: samples.jsonl has no group yet")
     chosen = {round(i * (len(groups) - 1) / (MOST_GROUPS - 1)) for i in range(MOST_GROUPS)}
-    groups = [group for i, group in enumerate(groups) if len(groups) <= MOST_GROUPS or i in chosen]
+    groups = [groups[i] for i in sorted(chosen)]
     metrics = read_run(folder)
     curves = []
     for name in CURVES:
@@ -139,10 +139,9 @@ def logged_group(record: dict, scale: str) -> dict:
     """Raises KeyError and the like if it is none."""
     rows = []
     for r in record["responses"]:
-        tokens = r.get("tokens") or [r["text"]]    # an older run has the text alone
         rows.append(page_row(
-            tokens, r.get("logprobs") or [None] * len(tokens), float(r["advantage"]),
-            float(r["rewards"]), r["is_gold"], r["finished"]))
+            r["tokens"], r["logprobs"], float(r["advantage"]), float(r["rewards"]), r["is_gold"],
+            r["finished"]))
     return {
         "step": record["step"],
         "facts": [("question", as_text(record["question"])), ("answer", record["reference"])],

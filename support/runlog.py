@@ -33,7 +33,7 @@ from support.checkpoint import (
     refuse_changes,
     sha256,
 )
-from support.common import InputError, flag, one_line, read_json, remove, written_whole
+from support.common import InputError, as_flags, one_line, read_json, remove, written_whole
 from support.estimate import estimate
 from support.folders import copy_tokenizer
 from support.lora import LowRankMaster
@@ -64,9 +64,11 @@ def begin(run, given: dict) -> str | None:
     command = as_command(run.config, given)
     announce(run, command)
     if run.config.resume:
-        step = read_json(os.path.join(checkpoint, "state.json"))["step"] if checkpoint else -1
-        beginning = "from its beginning: it has no checkpoint yet"
-        print(f"resuming {out} " + (f"after step {step}" if checkpoint else beginning))
+        step, since = -1, "from its beginning: it has no checkpoint yet"
+        if checkpoint:
+            step = read_json(os.path.join(checkpoint, "state.json"))["step"]
+            since = f"after step {step}"
+        print(f"resuming {out} {since}")
         for kind in ("metrics", "samples"):
             path = os.path.join(out, f"{kind}.jsonl")
             if os.path.exists(path):
@@ -81,10 +83,11 @@ def begin(run, given: dict) -> str | None:
 
 
 def warn(run) -> None:
-    """Warn if the run would not be what its name says."""
+    """Say what may not be as one thinks: a slow precision, no gold, held-out questions in the data.
+    """
     data, name = run.config.data, run.algorithm.name
-    on_gpu = run.master.device.type == "cuda"
-    if on_gpu and run.policy.dtype == torch.float32 and run.config.updates > 1:
+    slow = run.master.device.type == "cuda" and run.policy.dtype == torch.float32
+    if slow and run.config.updates > 1 and run.algorithm.level == "sequence":
         print("note: with several --updates a sequence ratio needs float32, and on a GPU that is "
               "several times slower than bfloat16; --updates 1, --level token or wider clip "
               "ranges with --dtype bfloat16 avoid it", file=sys.stderr)
@@ -102,7 +105,7 @@ def warn(run) -> None:
 
 
 def announce(run, command: str) -> None:
-    """The run as one command, its size, and the golds that cannot be used."""
+    """The run as one command, its size, and what is wrong with its files."""
     model, device = run.master.config.model_type, run.master.device
     parameters = sum(p.numel() for p in run.policy.parameters())
     trained = sum(p.numel() for p in run.master.parameters())
@@ -194,16 +197,13 @@ def last_words(run, before: float | None, after: float | None) -> None:
     print(f"samples  {os.path.join(config.out, 'samples.jsonl')}")
     print(f"plot     {shlex.join([python, 'plot.py', config.out])}")
     if config.eval_data:
-        words = [python, "evaluate.py", "--model", model, "--data", config.eval_data]
-        words += ["--max-new-tokens", str(config.max_new_tokens)]
-        for name in ("instruction", "chat_template_args", "stop_token"):
-            if getattr(config, name) is not None:
-                words += [flag(name), getattr(config, name)]
-        if config.answer_format == "boxed":
-            words += ["--answer-format", "boxed"]
-        if config.reward:
-            words += ["--reward", config.reward, "--correct-at", str(config.correct_at)]
-        print(f"evaluate {shlex.join(words)}")
+        settings = {"model": model, "data": config.eval_data,
+                    "max_new_tokens": config.max_new_tokens}
+        for name in ("answer_format", "instruction", "chat_template_args", "stop_token", "reward",
+                     "correct_at"):
+            if getattr(config, name) != getattr(Config(), name):
+                settings[name] = getattr(config, name)
+        print(f"evaluate {shlex.join([python, 'evaluate.py', *as_flags(settings)])}")
     if config.model == os.path.join(config.out, "toy", "model"):
         has_gold = run.algorithm.gold_when != "never" or run.algorithm.train_on == "gold"
         other, how = ("grpo", "without") if has_gold else ("gcpo", "with")

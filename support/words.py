@@ -244,8 +244,8 @@ def letter_of_choice(tokens: list[Token]) -> str | None:
         texts = texts[1:]
     letter, *rest = texts or [""]
     ends = (")", "]", ".", ":")
-    has_bracket = not rest or rest[0] == ")"
-    if not re.fullmatch("[A-Za-e]" if has_bracket else "[A-Z]", letter):
+    may_be_small = not rest or rest[0] == ")"
+    if not re.fullmatch("[A-Za-e]" if may_be_small else "[A-Z]", letter):
         return None
     if rest and rest[0] not in (*ends, ",", "because", "since"):
         return None

@@ -214,6 +214,7 @@ FORMATS = {
         {"problem": "Q?", "question": " ", "answer": "", "final_answer": "42"}, "Q?", "42", None),
     "float noise": ({"question": "Q?", "answer": 0.30000000000000004}, "Q?", "0.3", None),
     "large float": ({"question": "Q?", "answer": 1e23}, "Q?", "1" + "0" * 23, None),
+    "400 digits": ({"question": "Q?", "answer": 10**399}, "Q?", "1" + "0" * 399, None),
     "openmath, wrong": (
         {"question": "Q?", "expected_answer": "3", "is_correct": False,
          "generated_solution": "so \\boxed{4}."},

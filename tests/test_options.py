@@ -91,8 +91,11 @@ def test_sft_looks_at_aggregation_alone():
      ["--lora-alpha", "--eval-every", "--beta", "--max-tries"]),
     (["--algo", "dapo", "--max-tries", "9", "--lora-rank", "4", "--lora-alpha", "64"], []),
     (["--eval-data", "e", "--eval-every", "1", "--eval-samples", "4", "--eval-limit", "2"], []),
-    (["--algo", "sft", "--group-size", "7", "--rows", "9"], ["--group-size", "--rows"]),
-    (["--sft-share", "1", "--level", "token", "--aggregation", "row_mean"], ["--level"]),
+    (["--algo", "sft", "--group-size", "7", "--rows", "9", "--temperature", "0.6"],
+     ["--group-size", "--rows", "--temperature"]),
+    (["--algo", "sft", "--rows", "9", "--eval-data", "e"], []),
+    (["--sft-share", "1", "--level", "token", "--aggregation", "row_mean", "--group-size", "7"],
+     ["--level", "--group-size"]),
     (["--sft-share", "0.2", "--steps", "1"], ["--sft-share"])])
 def test_switches_without_effect_are_named(capsys, flags, idle):
     """A switch given by hand that changes nothing is named in a note, and no other is. (Bug: an
