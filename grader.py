@@ -52,7 +52,8 @@ from typing import NamedTuple
 from support.numbers import (
     Number, equal_values, leaves_it, names_number, read_number)
 from support.tokens import List, Token, last_boxed, read_list, read_tokens, spelled
-from support.words import is_talk, letter_of_choice, read_unit, split_name
+from support.words import (
+    ENDS_OF_LETTER, is_talk, letter_of_choice, read_unit, split_name, unit_of)
 
 
 def grade(response: str, reference: str, answer_format: str = "hash") -> float:
@@ -87,10 +88,11 @@ SCRATCH_PAD = re.compile(
     r"|<\|(?:begin|(end))_of_thought\|>|\[(/?)THINK\]|◁(/?)think▷", re.IGNORECASE)
 TAG = re.compile(r"<(/?)answer>", re.IGNORECASE)
 PHRASE = re.compile(r"answer(?:\s*\*\*)?\s*(?:is\b|:)", re.IGNORECASE)
-ANSWER_HEADING = re.compile(r"[\s*:]*(?:the )?(?:final )?answer[\s*:]*", re.IGNORECASE)
+DRESS = r"(?:[^\w\\$(]|_)*"
+ANSWER_HEADING = re.compile(rf"{DRESS}(?:the )?(?:final )?answer[\s*:]*", re.IGNORECASE)
 WORDS_HEADING = re.compile(    # 1. **Find x**, (a) Find x, I. Setup, For n = 3
-    r"[\W_]*(?:(?:\d+|[A-Za-z]|[ivxIVX]+)[.):][\W_]*|\d+(?:\.\d+)+ +(?=[A-Z]))?"
-    r"(?:(?i:step|part|case)\b|[^\W\d_]{2}).*")
+    rf"{DRESS}(?:(?:\d+|\(?(?:[a-z]|[ivxIVX]+))[.):]{DRESS})?"
+    r"(?:(?i:step|part|case)\b.*|[^\W\d_]{2}[^=]*|[^\W\d_]{3}.*)")
 AFTERWORD = re.compile(
     r"[\s*]*(?:explanation|verification|check|notes?|reasoning|summary|solution)[\s*:]*",
     re.IGNORECASE)
@@ -238,7 +240,7 @@ def equal(answer: list[Token], reference: list[Token], depth: int = 0) -> bool:
     if number and is_talk(number.rest):
         is_it = partial(is_same_number, reference=number)
         return is_number(answer, number) or "=" in texts(whole) and names_number(whole, is_it, name)
-    letter = letter_of_choice(reference)
+    letter = letter_of_choice(reference, ENDS_OF_LETTER)
     if letter:
         return letter_of_choice(answer) == letter
     listed = read_list(reference)
@@ -269,7 +271,10 @@ def is_number(answer: list[Token], reference: Number) -> bool:
 def is_same_number(number: Number, reference: Number) -> bool:
     """Whether value and unit are the reference's. Its unit may be left out."""
     unit, own_end = read_unit(number.rest)
-    if unit == "percent" and not reference.rest and abs(reference.value) < 1:
+    has_percent = any(unit_of(token) == "percent" for token in number.rest)
+    if not reference.rest and abs(reference.value) < 1 and has_percent:
+        if unit != "percent":    # 3/4 of a percent
+            return False
         number = number._replace(value=number.value / 100, places=number.places + 2)
     if not equal_values(number, reference):
         return False
@@ -285,7 +290,8 @@ def is_same_number(number: Number, reference: Number) -> bool:
         return unit == reference_unit
     if spelled(number.rest[own_end:]) != spelled(reference.rest[end:]):
         return False
-    return unit in ("", reference.currency or reference_unit)
+    wanted = reference.currency or reference_unit
+    return not wanted or unit in ("", wanted)
 
 
 def equal_but_for_units(answer: list[Token], reference: list[Token], depth: int) -> bool:
@@ -301,11 +307,18 @@ def without_unit(tokens: list[Token]) -> tuple[list[Token], str]:
     r"""A formula and its unit. Beside variables a single letter is one too: 2a + 3h, but 6\pi m."""
     for at in range(max(1, len(tokens) - 8), len(tokens)):
         unit, end = read_unit(tokens, at)
-        has_variables = any(token.kind == "word" and len(token.text) == 1 for token in tokens[:at])
-        is_variable = has_variables and len(tokens[at].text) == 1 and tokens[at].style != "text"
-        if unit and end == len(tokens) and tokens[at].style != "math" and not is_variable:
+        is_letter = len(tokens[at].text) == 1 and tokens[at].style != "text"
+        is_variable = is_letter and has_variables(tokens[:at])
+        is_unit = unit not in ("", "percent") and tokens[at].style != "math" and not is_variable
+        if is_unit and end == len(tokens):
             return tokens[:at], unit
     return tokens, ""
+
+
+def has_variables(tokens: list[Token]) -> bool:
+    no_variables = (r"\pi", r"\sqrt", r"\frac", r"\cdot")
+    return any(token.kind == "word" and (len(token.text) == 1 or not unit_of(token))
+               or token.kind == "command" and token.text not in no_variables for token in tokens)
 
 
 # ---- Lists ---------------------------------------------------------------------------------------
@@ -361,9 +374,9 @@ def equal_sets(answer: list[list[Token]], reference: list[list[Token]], depth: i
 def names_nothing(reference: str) -> bool:
     """Whether a reference says that there is no answer, as NuminaMath's "proof" and "notfound". A
     response that repeats the word would be paid."""
-    plain = spelled(read_tokens(reference))
-    return bool(re.fullmatch(r"(?:see)?(?:proof|solution)|notfound|null|nan|n/?a", plain,
-                             re.IGNORECASE))
+    plain = spelled(read_tokens(PHRASE.split(reference)[-1])).strip("[]")
+    none = r"(?:see)?proof|seesolution|not_?found|null|nan|n/a|n\.a|\?+|-+"
+    return re.fullmatch(none, plain, re.IGNORECASE) is not None
 
 
 def doubt(reference: str) -> str | None:

@@ -10,6 +10,7 @@ has collapsed can write one bracket ten thousand times.
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections import deque
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -26,16 +27,17 @@ class Token(NamedTuple):
 
 SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n")
 SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉₊₋", "0123456789+-")
+GREEK = """alpha beta gamma delta epsilon eta theta lambda mu nu xi pi rho sigma tau phi psi omega
+    Gamma Delta Theta Sigma Phi Omega""".split()
+FUNCTIONS = "sin cos tan cot csc log ln exp".split()
 LETTERS = str.maketrans({
     "−": "-", "–": "-", "‐": "-", "‑": "-", "“": '"', "”": '"', "’": "'", "\u00a0": " ",
     "\u202f": " ", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "∗": "*", "÷": r"\div ",
     "±": r"\pm ", "∓": r"\mp ", "√": r"\sqrt ", "°": r"^{\circ}", "∞": r"\infty ", "≤": r"\leq ",
     "⩽": r"\leq ", "≥": r"\geq ", "⩾": r"\geq ", "≠": r"\neq ", "≈": r"\approx ", "∈": r"\in ",
     "∪": r"\cup ", "∩": r"\cap ", "∅": r"\emptyset ", "→": r"\rightarrow ",
-    "⇒": r"\Rightarrow ", "π": r"\pi ", "θ": r"\theta ", "α": r"\alpha ", "β": r"\beta ",
-    "γ": r"\gamma ", "δ": r"\delta ", "ε": r"\epsilon ", "λ": r"\lambda ", "μ": r"\mu ",
-    "ρ": r"\rho ", "σ": r"\sigma ", "τ": r"\tau ", "φ": r"\phi ", "ψ": r"\psi ", "ω": r"\omega ",
-    "Δ": r"\Delta ", "Σ": r"\Sigma ", "Ω": r"\Omega ", "¢": " cents",
+    "⇒": r"\Rightarrow ", "¢": " cents",
+    **{letter: rf"\{name} " for letter, name in zip("αβγδεηθλμνξπρστφψωΓΔΘΣΦΩ", GREEK)},
     **{letter: rf" \frac{{{top}}}{{{under}}}" for letter, top, under in zip(
         "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞", "112131234115357", "233445555668888")},
 })
@@ -45,18 +47,19 @@ SPELLINGS = {
     r"\ge": r"\geq", r"\geqslant": r"\geq", ">=": r"\geq", r"\gt": ">",
     r"\ne": r"\neq", "!=": r"\neq", "=/=": r"\neq", r"\not=": r"\neq",
     r"\implies": r"\Rightarrow", "=>": r"\Rightarrow", r"\to": r"\rightarrow",
+    r"\varepsilon": r"\epsilon", r"\varphi": r"\phi",
     "==": "=", ":=": "=", r"\ast": "*", r"\colon": ":", r"\varnothing": r"\emptyset",
     r"\lbrace": r"\{", r"\rbrace": r"\}", r"\lbrack": "[", r"\rbrack": "]",
     r"\lvert": "|", r"\rvert": "|", r"\vert": "|", r"\mid": "|",
     r"\lor": "or", r"\land": "and", "pi": r"\pi", "sqrt": r"\sqrt", "infinity": r"\infty",
-    **{name: rf"\{name}" for name in "sin cos tan cot csc log ln exp".split()},
+    **{name: rf"\{name}" for name in FUNCTIONS},
     r"\begin{bmatrix}": r"\begin{pmatrix}", r"\end{bmatrix}": r"\end{pmatrix}",
     r"\degree": "degrees", r"\%": "percent", "%": "percent",
     r"\$": "dollars", "€": "euros", "£": "pounds", "¥": "yen", "₹": "rupees",
 }
-SKIPPED = {"\\ ", "\\\n"} | set(r"""
+SKIPPED = {"\\ ", "\\\n", "\ufe0f"} | set(r"""
     \left \right \left. \right. \big \Big \bigg \Bigg \bigl \bigr \Bigl \Bigr \biggl \biggr \bf \rm
-    \it \displaystyle \textstyle \limits \quad \qquad \, \! \; \: ~ ` ** ✅ ✓ ✔ 🎉 """.split())
+    \it \displaystyle \textstyle \limits \quad \qquad \, \! \; \: ~ ` **""".split())
 OPEN_MATH, CLOSE_MATH = (r"\(", r"\["), (r"\)", r"\]")
 WORD_FONTS = set(r"""
     \text \textrm \textnormal \mathrm \mbox \hbox \operatorname \operatorname*""".split())
@@ -87,6 +90,7 @@ def read_tokens(text: str, in_math: bool = False) -> list[Token]:
     text = re.sub(    # 6 p.m., 6 PM
         r"(?<=\d)(\s*(?:\\text\{\s*)?)([ap])(?:\.m\b\.?|m\b)", lambda m: f"{m[1]}{m[2].lower()}m",
         text, flags=re.IGNORECASE)
+    text = re.sub(r"\bper cent\b", "percent", text)
     if text.replace("$$", "").replace(r"\$", "").count("$") == 1:
         text = text.replace("$", r"\$")    # alone it is no bracket of formulas, but a currency
     return bare(with_braces(pieces(text, in_math)))
@@ -123,7 +127,7 @@ def pieces(text: str, in_math: bool) -> list[Token]:
             style = outside
         elif written in ("$", "$$"):
             style = "math" if style == outside else outside
-        elif written not in SKIPPED and written not in FONTS:
+        elif written not in SKIPPED and written not in FONTS and not is_emoji(written):
             if written == "{":
                 styles.append(None)
             elif written == "}" and styles:
@@ -135,6 +139,12 @@ def pieces(text: str, in_math: bool) -> list[Token]:
             end = at
         piece = PIECE.search(text, at)
     return tokens
+
+
+def is_emoji(sign: str) -> bool:
+    """18 ✅, but not what takes it back."""
+    is_symbol = len(sign) == 1 and sign >= "\u2700" and unicodedata.category(sign) == "So"
+    return is_symbol and sign not in "✗✘❌❎"
 
 
 def one_spelling(kind: str, written: str) -> tuple[str, str]:
@@ -243,11 +253,11 @@ def bare(tokens: list[Token]) -> list[Token]:
 # ---- As text -------------------------------------------------------------------------------------
 
 # \frac{3\pi}{4}, as the whole of a term, is 3\pi/4, and \frac{x+2}{7} is (x+2)/7.
-IN_BRACES = r"(?:\\sqrt|\^)\{[^{}]*\}"
 SIMPLE_FRACTION = re.compile(
-    rf"(?P<before>^|[-+=,(\[{{])\\frac\{{(?:(?P<top>-?(?:[^-+=,{{}}]|{IN_BRACES})+)"
-    rf"|(?P<sum>(?:[^=,{{}}]|{IN_BRACES})+))\}}"
-    r"\{(?P<under>[^-+=,{}\s\\]|\d+|\\pi|\\sqrt\{[^{}]*\})\}(?=$|[-+=,)\]}<>])")
+    r"(?P<before>^|[-+=,(\[{<>]|\\[lgn]eq)\\frac\{(?P<top>(?:[^=,{}]|(?:\\sqrt|\^)\{[^{}]*\})+)\}"
+    r"\{(?P<under>[^-+=,{}\s\\]|\d+|\\pi|\\sqrt\{[^{}]*\})\}(?=$|[-+=,)\]}<>]|\\[lgn]eq)")
+# What keeps a top in brackets, if it stands in none of its own
+SUM = re.compile(rf"[-+<>:]|\\(?:pm|mp|div|cup|cap|[lgn]eq|sum|int|{'|'.join(FUNCTIONS)})(?![a-z])")
 
 
 def spelled(tokens: list[Token]) -> str:
@@ -255,14 +265,14 @@ def spelled(tokens: list[Token]) -> str:
     2x. Capitals count, except in words: Yes = yes, and x + Y is not x + y."""
     text = []
     before = Token("", "", "", False)
+    keeps_sign = False    # in a term after a function or a stroke: \ln 2 \cdot x, a / b \cdot c
     for token, after in zip(tokens, [*tokens[1:], before]):
         follows_number = before.kind == "number"
-        if token.text in ("*", r"\times"):
-            token = token._replace(text=r"\cdot")
-        is_product = token.text == r"\cdot" and (
-            before.kind in ("number", "word") or before.text in (")", "}", r"\pi")) and (
-            after.kind in ("word", "command") or after.text == "(")
-        if is_product:
+        if token.text == "*" or token.text == r"\times" and "number" in (before.kind, after.kind):
+            token = token._replace(text=r"\cdot")    # a cross product is another
+        keeps_sign |= token.text == "/" or token.text[1:] in FUNCTIONS
+        keeps_sign &= token.text not in ("+", "-", ",", "=")
+        if token.text == r"\cdot" and not keeps_sign and goes_without_sign(before, after):
             continue
         if follows_number and token.kind == "number" or (
                 before.kind == "command" and token.kind == "word"):
@@ -272,8 +282,26 @@ def spelled(tokens: list[Token]) -> str:
     text = "".join(text)
     if all(has_no_case(token) for token in tokens):
         text = text.casefold()
-    in_one_line = lambda m: m["before"] + (m["top"] or f"({m['sum']})") + "/" + m["under"]
     return SIMPLE_FRACTION.sub(in_one_line, text).lstrip("+")
+
+
+def goes_without_sign(before: Token, after: Token) -> bool:
+    r"""Whether a product is the same without its sign: 2 x, x y, (x + 1)(x + 2); but 5 \frac12 is
+    5.5, and f(x) a function's value."""
+    if after.text == "(":
+        return before.kind == "number" or before.text in (")", "}")
+    is_factor = before.kind == "word" or before.text in (")", "}", r"\pi")
+    is_mixed = before.kind == "number" and after.text == r"\frac"
+    return after.kind in ("word", "command") and (
+        is_factor or before.kind == "number" and not is_mixed)
+
+
+def in_one_line(fraction: re.Match) -> str:
+    top = fraction["top"]
+    outside = re.sub(r"\([^()]*\)|\{[^{}]*\}", "", top)
+    if SUM.search(outside.removeprefix("-")):
+        top = f"({top})"
+    return f"{fraction['before']}{top}/{fraction['under']}"
 
 
 def has_no_case(token: Token) -> bool:

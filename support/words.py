@@ -6,6 +6,7 @@ letters that may be variables.
 from __future__ import annotations
 
 import re
+from functools import partial
 
 from support.tokens import Token, spelled, split
 
@@ -46,7 +47,7 @@ UNITS = {spelling: line.split()[0] for line in """
     euro euros EUR
     rupee rupees INR Rs
     yen
-    percent
+    percent percents
     erg ergs
     mile/hour mph
     kilometer/hour kmh kph
@@ -135,8 +136,10 @@ CHANGES_AT_ONCE = ("and", "to", "root", "point", "power", "choose", "factorial")
 # (Others of CHANGES may be its text: B) three or more.)
 CORRECTIONS = set("wait actually instead rather".split())
 TAKEN_BACK = re.compile(
-    r"(?:and|or|is not|isn't) |not (?:correct|right|true|$)|is (?:wrong|incorrect|false)\b"
-    "|(?:wrong|incorrect|false) $", re.IGNORECASE)
+    r"(?:and|or|is not|isn't) |not (?:correct|right|true|$|(?-i:[A-Z]) )"
+    r"|(?:wrong|incorrect|false) (?:$|[.;])|(?:(?:which|that) )?is (?:wrong|incorrect|false)\b",
+    re.IGNORECASE)
+ENDS_OF_LETTER = (")", "]", ".", ":")
 TALK_SIGNS = (",", ".", ";", ":", "?", "(", ")", '"', "—")
 
 
@@ -207,13 +210,13 @@ def is_word_of_one_letter(token: Token, before: Token | None, after: Token | Non
 # ---- Names and choices ---------------------------------------------------------------------------
 
 # x, x_{1}, \theta, f', f(x), f(-3,1/2), P(X=2), E[X], AB, \angle ABC, |AB|, (x,y); or words
-LETTER = (r"(?:[A-Za-z]|\\(?:alpha|beta|gamma|delta|varepsilon|epsilon|theta|lambda|mu|rho|sigma"
-          r"|tau|phi|varphi|omega|ell|Delta|Theta|Phi|Omega))(?:'|_\{[^{}]*\})*")
+LETTER = (r"(?:[A-Za-z]|\\(?:alpha|beta|gamma|delta|epsilon|theta|lambda|mu|rho|sigma"
+          r"|tau|phi|omega|ell|Delta|Theta|Phi|Omega))(?:'|_\{[^{}]*\})*")
 ARGUMENT = rf"(?:(?:[A-Z]=)?-?(?:\d+(?:[./]\d+)?|\\frac\{{\d+\}}\{{\d+\}})|{LETTER})"
 NAME = re.compile(
     rf"{LETTER}(?:(?:\^\{{-1\}})?[(\[]{ARGUMENT}(?:(?:,|\\cap |\\cup |\|){ARGUMENT})*[)\]])?"
     rf"|\({LETTER}(?:,{LETTER})+\)"
-    r"|m?(?:\\angle |\\triangle )?[A-Z]{1,4}|\|(?:[A-Z]{2}|[a-z])\||\[[A-Z]{3,4}\]"
+    r"|m?(?:\\angle |\\triangle )?[A-Z]{1,4}|\|(?:[A-Z]{2}|z)\||\[[A-Z]{3,4}\]"
     r"|\\(?:overline|bar|vec|hat)\{(?:[A-Z]{2}|[A-Za-z])\}")
 
 
@@ -234,26 +237,35 @@ def split_name(tokens: list[Token]) -> tuple[str, list[Token]]:
     return "", tokens
 
 
-def letter_of_choice(tokens: list[Token]) -> str | None:
+def letter_of_choice(
+    tokens: list[Token], ends: tuple[str, ...] = (*ENDS_OF_LETTER, ",", "because", "since"),
+) -> str | None:
     """B of B, (b), option B, B) 15, B: a cat or two, and B because …; None of (A) or (B), of B, C,
-    and of B: wrong."""
+    and of B: wrong. `ends` are what may follow the letter."""
     texts = [token.text for token in tokens]
     if texts[:1] and texts[0].lower() in ("option", "choice"):
         texts = texts[1:]
     if texts[:1] in (["("], ["["]):
         texts = texts[1:]
     letter, *rest = texts or [""]
-    ends = (")", "]", ".", ":")
     may_be_small = not rest or rest[0] == ")"
     if not re.fullmatch("[A-Za-e]" if may_be_small else "[A-Z]", letter):
         return None
-    if rest and rest[0] not in (*ends, ",", "because", "since"):
+    if rest and rest[0] not in ends:
         return None
-    if TAKEN_BACK.match(" ".join([*rest[1:], ""])):
+    if TAKEN_BACK.match(" ".join([*rest[1:], ""])) or CORRECTIONS & {t.lower() for t in rest}:
         return None
-    for before, text, after in zip([letter, *rest], rest, [*rest[1:], ""]):
-        listed = before in (",", "not") or after in (*ends, ",")
-        is_another = re.fullmatch("[A-Z]", text) and listed
-        if is_another or text.lower() in CORRECTIONS:
-            return None
+    reason = rest[:1] in (["because"], ["since"])    # it may speak of the others
+    if not reason and any(map(partial(is_another_choice, letter, rest[:1]), rest, [*rest[1:], ""])):
+        return None
     return letter.upper()
+
+
+def is_another_choice(letter: str, first: list[str], text: str, after: str) -> bool:
+    """Whether a word behind a choice is the letter of one. first: what follows the choice. Behind
+    a bracket stands its text, in which a letter may be a name: (B) vitamin C."""
+    if letter.islower():
+        return text in set("abcde") and after == ")"
+    is_letter = re.fullmatch("[A-Z]", text) is not None
+    in_list = first in ([","], ["."]) and text not in ("A", "I") or after in (*ENDS_OF_LETTER, ",")
+    return is_letter and in_list
