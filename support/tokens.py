@@ -290,13 +290,13 @@ def goes_without_sign(before: Token, after: Token) -> bool:
     5.5, and f(x) a function's value."""
     if after.text == "(":
         return before.kind == "number" or before.text in (")", "}")
-    is_factor = before.kind == "word" or before.text in (")", "}", r"\pi")
+    is_factor = before.kind in ("number", "word") or before.text in (")", "}", r"\pi")
     is_mixed = before.kind == "number" and after.text == r"\frac"
-    return after.kind in ("word", "command") and (
-        is_factor or before.kind == "number" and not is_mixed)
+    return is_factor and not is_mixed and after.kind in ("word", "command")
 
 
 def in_one_line(fraction: re.Match) -> str:
+    r"""\frac{top}{under} as top/under, with the brackets that a sum needs."""
     top = fraction["top"]
     outside = re.sub(r"\([^()]*\)|\{[^{}]*\}", "", top)
     if SUM.search(outside.removeprefix("-")):

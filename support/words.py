@@ -6,7 +6,6 @@ letters that may be variables.
 from __future__ import annotations
 
 import re
-from functools import partial
 
 from support.tokens import Token, spelled, split
 
@@ -255,17 +254,18 @@ def letter_of_choice(
         return None
     if TAKEN_BACK.match(" ".join([*rest[1:], ""])) or CORRECTIONS & {t.lower() for t in rest}:
         return None
-    reason = rest[:1] in (["because"], ["since"])    # it may speak of the others
-    if not reason and any(map(partial(is_another_choice, letter, rest[:1]), rest, [*rest[1:], ""])):
+    gives_reason = rest and rest[0] in ("because", "since")    # it may speak of the others
+    others = [] if gives_reason else zip(rest, [*rest[1:], ""])
+    if any(is_another_choice(letter, rest[0], text, after) for text, after in others):
         return None
     return letter.upper()
 
 
-def is_another_choice(letter: str, first: list[str], text: str, after: str) -> bool:
+def is_another_choice(letter: str, first: str, text: str, after: str) -> bool:
     """Whether a word behind a choice is the letter of one. first: what follows the choice. Behind
     a bracket stands its text, in which a letter may be a name: (B) vitamin C."""
     if letter.islower():
         return text in set("abcde") and after == ")"
     is_letter = re.fullmatch("[A-Z]", text) is not None
-    in_list = first in ([","], ["."]) and text not in ("A", "I") or after in (*ENDS_OF_LETTER, ",")
+    in_list = first in (",", ".") and text not in ("A", "I") or after in (*ENDS_OF_LETTER, ",")
     return is_letter and in_list
