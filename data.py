@@ -152,8 +152,9 @@ def names_another(solution: str, answer: str) -> bool:
         named = extract_answer(solution.rpartition("\n")[2])
         if named is None or "=" in named:    # a sum with units is beyond the grader
             return False
-    names_text = re.fullmatch("[A-Z]", answer) and not re.match(r"\W*(?:text\w*\W*)?[A-Z]\b", named)
-    return not names_text and not same(named, answer)    # of a choice the text, not the letter
+    if re.fullmatch("[A-Z]", answer) and not re.match(r"\W*(?:text\w*\W*)?[A-Z]\b", named):
+        return False    # it names a choice's text, and the answer is its letter
+    return not same(named, answer)
 
 
 # ---- Prompts and responses as token ids ----------------------------------------------------------
@@ -347,8 +348,8 @@ def prepare(
         problem.gold_ids = None
         if problem.gold is not None:
             prepare_gold(problem, tokenizer, limits, reward, notes)
-        doubtful = doubt(problem.answer)
-        if our_reward and doubtful:
+        doubtful = our_reward and doubt(problem.answer)
+        if doubtful:
             notes.add("doubtful", problem.source, doubtful)
         kept.append(problem)
     if problems and not kept:

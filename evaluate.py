@@ -29,8 +29,8 @@ from model import Transformer, load_model
 from sampler import sample
 from support import parallel
 from support.common import (
-    InputError, exit_cleanly, flag, pick_device, pick_dtype, refuse_blank, refuse_unwritable,
-    written_whole)
+    InputError, exit_cleanly, pick_device, pick_dtype, refuse_blank, refuse_out_of_range,
+    refuse_unwritable, written_whole)
 from support.cpu import keep_freed_memory
 from support.options import load_reward
 
@@ -258,13 +258,7 @@ def check(args) -> None:
                         "stop_token", "device"))
     least = dict(samples=1, max_new_tokens=1, limit=0, skip=0, top_k=0, temperature=0, rows=1,
                  seed=0, correct_at=-math.inf)
-    for name, low in least.items():
-        value = getattr(args, name)
-        if value is not None and not low <= value < math.inf:
-            what = "a number" if low < 0 else f"{low} or more"
-            raise InputError(f"{flag(name)} {value}: must be {what}, and finite")
-        if isinstance(value, int) and value >= (2**63 if name == "seed" else 2**31):
-            raise InputError(f"{flag(name)} {value}: too large")
+    refuse_out_of_range(args, least)
     if args.temperature is None:
         args.temperature = float(args.samples > 1)
     if args.rows is not None and args.rows < args.samples:

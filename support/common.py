@@ -4,6 +4,7 @@ from __future__ import annotations
 import contextlib
 import gzip
 import json
+import math
 import os
 import shutil
 import sys
@@ -32,6 +33,18 @@ def refuse_blank(settings, names: tuple[str, ...]) -> None:
         if value is not None and not value.strip():
             raise InputError(f'{flag(name)} "{value}": is empty; is a variable of the shell not '
                              "set?")
+
+
+def refuse_out_of_range(settings, least: dict[str, float]) -> None:
+    """Raises InputError for a number that is below the least that it may be (-inf: any number), not
+    finite, or too large for a tensor's size."""
+    for name, low in least.items():
+        value = getattr(settings, name)
+        if value is not None and not (low <= value and math.isfinite(value)):
+            what = "a number" if low < 0 else f"{low} or more"
+            raise InputError(f"{flag(name)} {value}: must be {what}, and finite")
+        if isinstance(value, int) and value >= (2**63 if name == "seed" else 2**31):
+            raise InputError(f"{flag(name)} {value}: too large")
 
 
 def as_flags(settings: dict) -> list[str]:

@@ -20,7 +20,8 @@ from grader import GRADERS, Reward
 from support import parallel
 from support.checkpoint import lock_folder, sha256
 from support.common import (
-    InputError, as_flags, flag, one_line, pick_device, refuse_blank, remove)
+    InputError, as_flags, flag, one_line, pick_device, refuse_blank, refuse_out_of_range,
+    remove)
 from support.folders import TOKENIZER_FILES, weight_files
 from support.math_verify import MathVerify
 from support.toy import TOY, build_toy, only_begun, toy_files
@@ -214,7 +215,7 @@ LEAST = dict(
     steps=1, prompts=1, group_size=1, max_new_tokens=1, updates=1, lr=0, lr_end=0, warmup=0,
     weight_decay=0, eval_every=0, eval_samples=1, eval_limit=0, save_every=0, keep=1,
     max_bad_steps=1, threads=0, rows=0, rows_per_pass=1, seed=0,
-    lora_rank=0, lora_alpha=0)
+    lora_rank=0, lora_alpha=0, correct_at=-math.inf)
 
 
 def check(config: Config) -> None:
@@ -222,18 +223,11 @@ def check(config: Config) -> None:
     taken."""
     refuse_blank(config, ("model", "data", "eval_data", "out", "reward", "chat_template_args",
                           "stop_token", "device"))
-    for name, least in LEAST.items():
-        value = getattr(config, name)
-        if not least <= value < math.inf:
-            raise InputError(f"{flag(name)} {value}: must be {least} or more, and finite")
-        if isinstance(value, int) and value >= (2**63 if name == "seed" else 2**31):
-            raise InputError(f"{flag(name)} {value}: too large")
+    refuse_out_of_range(config, LEAST)
     for name in ("temperature", "max_grad_norm"):
         value = getattr(config, name)
         if not 0 < value < math.inf:
             raise InputError(f"{flag(name)} {value}: must be above 0, and finite")
-    if not math.isfinite(config.correct_at):
-        raise InputError(f"--correct-at {config.correct_at}: must be finite")
     if config.threads > 1024:
         raise InputError(f"--threads {config.threads}: too large")
     if 0 < config.rows < config.group_size:
@@ -317,7 +311,9 @@ def idle_settings(algorithm: Algorithm, config: Config) -> set[str]:
     idle = set()
     has_held_out = config.eval_data or not config.model    # the toy brings its own
     if algorithm.train_on == "gold" or sft_steps_of(algorithm, config) == config.steps:
-        idle |= {"group_size", "temperature"} | (set() if has_held_out else {"rows"})
+        idle |= {"group_size", "temperature"}
+        if not has_held_out:    # whose evaluation heeds it
+            idle |= {"rows"}
     if config.lora_rank == 0:
         idle |= {"lora_alpha"}
     if not has_held_out:

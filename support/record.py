@@ -116,13 +116,13 @@ class Record:
         give_back_freed_memory()
 
     def end_if_need_be(self) -> None:
-        """Raises InputError after too many bad gradients, or if there were no others;
-        KeyboardInterrupt if asked to stop."""
+        """Raises InputError as refuse_bad_gradients does; KeyboardInterrupt if asked to stop."""
         self.refuse_bad_gradients()
         if self.report.stop and not self.last:
             raise KeyboardInterrupt
 
     def refuse_bad_gradients(self) -> None:
+        """Raises InputError after too many bad gradients, or if there were no others."""
         state, out = self.state, self.run.config.out
         if self.give_up:
             raise InputError(

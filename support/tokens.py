@@ -270,8 +270,10 @@ def spelled(tokens: list[Token]) -> str:
         follows_number = before.kind == "number"
         if token.text == "*" or token.text == r"\times" and "number" in (before.kind, after.kind):
             token = token._replace(text=r"\cdot")    # a cross product is another
-        keeps_sign |= token.text == "/" or token.text[1:] in FUNCTIONS
-        keeps_sign &= token.text not in ("+", "-", ",", "=")
+        if token.text in ("+", "-", ",", "="):
+            keeps_sign = False
+        elif token.text == "/" or token.text[1:] in FUNCTIONS:
+            keeps_sign = True
         if token.text == r"\cdot" and not keeps_sign and goes_without_sign(before, after):
             continue
         if follows_number and token.kind == "number" or (
