@@ -40,7 +40,7 @@ def refuse_out_of_range(settings, least: dict[str, float]) -> None:
     finite, or too large for a tensor's size."""
     for name, low in least.items():
         value = getattr(settings, name)
-        if value is not None and not (low <= value and math.isfinite(value)):
+        if value is not None and not (low <= value and -math.inf < value < math.inf):
             what = "a number" if low < 0 else f"{low} or more"
             raise InputError(f"{flag(name)} {value}: must be {what}, and finite")
         if isinstance(value, int) and value >= (2**63 if name == "seed" else 2**31):
